@@ -1,0 +1,60 @@
+"""W2v-BERT 2.0, the speech encoder of the Seamless models, run as Seamless runs it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seamless_w2vbert.audio import Waveform as Waveform
+    from seamless_w2vbert.batch import FbankBatch as FbankBatch
+    from seamless_w2vbert.batch import HiddenBatch as HiddenBatch
+    from seamless_w2vbert.encoder import EncoderOutput as EncoderOutput
+    from seamless_w2vbert.errors import ArgumentError as ArgumentError
+    from seamless_w2vbert.errors import AudioError as AudioError
+    from seamless_w2vbert.errors import CheckpointError as CheckpointError
+    from seamless_w2vbert.errors import DumpError as DumpError
+    from seamless_w2vbert.errors import SeamlessW2vBertError as SeamlessW2vBertError
+    from seamless_w2vbert.errors import StackError as StackError
+    from seamless_w2vbert.model import UntrainedModelWarning as UntrainedModelWarning
+    from seamless_w2vbert.model import (
+        load_conformer_shaw_model as load_conformer_shaw_model,
+    )
+    from seamless_w2vbert.pipeline import (
+        SpeechEncoderPipeline as SpeechEncoderPipeline,
+    )
+    from seamless_w2vbert.pipeline import StreamItem as StreamItem
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Waveform": "audio",
+    "FbankBatch": "batch",
+    "HiddenBatch": "batch",
+    "EncoderOutput": "encoder",
+    "ArgumentError": "errors",
+    "AudioError": "errors",
+    "CheckpointError": "errors",
+    "DumpError": "errors",
+    "SeamlessW2vBertError": "errors",
+    "StackError": "errors",
+    "UntrainedModelWarning": "model",
+    "load_conformer_shaw_model": "model",
+    "SpeechEncoderPipeline": "pipeline",
+    "StreamItem": "pipeline",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported when first used: `seamless-w2vbert doctor` has to start where
+    # fairseq2 or torch cannot be imported, and `--help` should not wait for either.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,360 @@
+"""Audio in any form -> :class:`Waveform`: mono, float32, 16 kHz.
+
+Comes in: a path, bytes, a file object, an array or tensor, or fairseq2's
+``archive:offset:length``. Decoding is fairseq2's ``AudioDecoder``. What stock pipelines
+leave to luck, the channels and the sampling rate, is settled here, once.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from seamless_w2vbert import stack
+from seamless_w2vbert.constants import SAMPLING_RATE
+from seamless_w2vbert.errors import AudioError
+
+AudioInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | NDArray[Any] | Tensor | Waveform"  # noqa: E501
+"""Whatever :func:`decode` takes."""
+
+_ARCHIVE_CLIP = re.compile(r"^(?P<file>.+?):(?P<offset>\d+)(:(?P<length>\d+))?$")
+
+_MAX_ABS_SAMPLE = 1e10
+"""Beyond this the power spectrum overflows float32, and no microphone goes there."""
+
+_MAX_CHANNELS = 1024
+
+
+@dataclass(frozen=True)
+class Waveform:
+    """Mono audio at 16 kHz and where it came from."""
+
+    samples: Tensor
+    """*Shape:* (samples,), float32, on the CPU, nominally in [-1, 1]."""
+
+    source: str = "<array>"
+    """The path or the kind of object it was decoded from, for messages."""
+
+    original_sampling_rate: int = SAMPLING_RATE
+    """The rate before resampling, in Hz."""
+
+    original_channels: int = 1
+    """The number of channels before they were averaged."""
+
+    @property
+    def duration(self) -> float:
+        """The length in seconds."""
+        return len(self.samples) / SAMPLING_RATE
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What an input says of itself before it is decoded."""
+
+    samples: int
+    """The number of samples it will have at 16 kHz."""
+
+    sampling_rate: int
+    """The rate it is stored at, in Hz."""
+
+    channels: int
+    """The number of channels it is stored with."""
+
+
+def decode(audio: AudioInput, *, sampling_rate: int | None = None) -> Waveform:
+    """Decode ``audio`` to a mono float32 waveform at 16 kHz.
+
+    Channels are averaged, then the mono signal is resampled with soxr's high
+    quality setting. Integer arrays are scaled to [-1, 1] by the range of their type.
+
+    :param audio:
+        A path; the bytes of an audio file or an open binary file; a NumPy array or
+        tensor of shape (samples,) or (channels, samples); or ``"file:offset:length"``,
+        fairseq2's notation for a clip inside an uncompressed archive, in bytes
+        (``length`` may be left out). WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU
+        and whatever else libsndfile reads.
+    :param sampling_rate:
+        The rate of an array or tensor in Hz; 16,000 if None. Files carry their own.
+
+    :raises AudioError: if ``audio`` cannot be read or decoded, is truncated, or has
+        samples that are not finite.
+    """
+    if isinstance(audio, Waveform):
+        return audio
+
+    if isinstance(audio, (np.ndarray, Tensor)):
+        source = f"<{'tensor' if isinstance(audio, Tensor) else 'array'}>"
+        channels = _channels_of_array(audio, source)
+        rate = SAMPLING_RATE if sampling_rate is None else sampling_rate
+    else:
+        data, source = _read(audio)
+        if sampling_rate is not None:
+            raise AudioError(
+                f"{source}: `sampling_rate` was given, but files carry their own; "
+                "leave it out."
+            )
+        channels, rate = _decode_file(data, source)
+
+    mono = _to_mono(channels, source)
+
+    return Waveform(
+        samples=torch.from_numpy(_resample(mono, rate, source)),
+        source=source,
+        original_sampling_rate=int(rate),
+        original_channels=len(channels),
+    )
+
+
+def inspect(audio: AudioInput, *, sampling_rate: int | None = None) -> AudioInfo:
+    """Read how long ``audio`` is from its header, without decoding it.
+
+    :raises AudioError: if it cannot be opened.
+    """
+    if isinstance(audio, Waveform):
+        return AudioInfo(len(audio.samples), SAMPLING_RATE, 1)
+
+    if isinstance(audio, (np.ndarray, Tensor)):
+        rate = SAMPLING_RATE if sampling_rate is None else sampling_rate
+        channels = 1 if audio.ndim < 2 else int(audio.shape[0])
+        length = int(audio.shape[-1]) if audio.ndim else 0
+        return AudioInfo(_resampled_length(length, rate), rate, channels)
+
+    opened: str | io.BytesIO
+    if isinstance(audio, (str, os.PathLike)) and os.path.isfile(audio):
+        opened = source = os.fspath(audio)
+    else:
+        data, source = _read(audio)
+        opened = io.BytesIO(data)
+
+    try:
+        with soundfile.SoundFile(opened) as file:
+            return AudioInfo(
+                _resampled_length(file.frames, file.samplerate),
+                file.samplerate,
+                file.channels,
+            )
+    except (soundfile.LibsndfileError, OSError) as ex:
+        raise _cannot_decode(source, ex) from None
+
+
+def is_array(audio: AudioInput) -> bool:
+    """Tell whether ``audio`` is an array or tensor, which carries no rate."""
+    return isinstance(audio, (np.ndarray, Tensor))
+
+
+def name_of(audio: AudioInput) -> str:
+    """Return what messages call ``audio``: its path, or the kind of object it is."""
+    if isinstance(audio, Waveform):
+        return audio.source
+    if isinstance(audio, (str, os.PathLike)):
+        return os.fspath(audio)
+    if isinstance(audio, Tensor):
+        return "<tensor>"
+    if isinstance(audio, np.ndarray):
+        return "<array>"
+    if isinstance(audio, (bytes, bytearray, memoryview)):
+        return "<bytes>"
+
+    return str(getattr(audio, "name", "<file object>"))
+
+
+# -- bytes ---------------------------------------------------------------------------
+
+
+def _read(audio: Any) -> tuple[bytes, str]:
+    source = name_of(audio)
+
+    if isinstance(audio, (str, os.PathLike)):
+        data = _read_path(source)
+    elif isinstance(audio, (bytes, bytearray, memoryview)):
+        data = bytes(audio)
+    elif hasattr(audio, "read"):
+        data = audio.read()
+        if not isinstance(data, bytes):
+            raise AudioError(
+                f"{source}: reading it gave {type(data).__name__}, not bytes; open "
+                'it in binary mode ("rb").'
+            )
+    else:
+        raise AudioError(
+            f"{type(audio).__name__} is not audio; pass a path, bytes, a binary file, "
+            "a NumPy array or a tensor."
+        )
+
+    if not data:
+        raise AudioError(f"{source}: empty, there is nothing to decode.")
+
+    return data, source
+
+
+def _read_path(path: str) -> bytes:
+    clip = None if os.path.exists(path) else _ARCHIVE_CLIP.match(path)
+
+    try:
+        if clip is None:
+            return Path(path).read_bytes()
+
+        offset = int(clip["offset"])
+        length = None if clip["length"] is None else int(clip["length"])
+
+        with open(clip["file"], "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if offset + (length or 0) > size:
+                raise AudioError(
+                    f"{path}: the clip ends at byte {offset + (length or 0):,}, but "
+                    f"{clip['file']} has {size:,} bytes; the manifest does not "
+                    "belong to this archive."
+                )
+            file.seek(offset)
+            return file.read(-1 if length is None else length)
+    except OSError as ex:
+        hint = "" if clip else " (for a clip in an archive: file:offset:length)"
+        raise AudioError(f"{path}: cannot be read: {ex.strerror}{hint}.") from None
+    except ValueError as ex:  # a null byte in the path
+        raise AudioError(f"{path!r}: cannot be read: {ex}.") from None
+
+
+# -- samples -------------------------------------------------------------------------
+
+
+@cache
+def _audio_decoder() -> Any:
+    return stack.load().AudioDecoder(dtype=torch.float32)
+
+
+def _decode_file(data: bytes, source: str) -> tuple[NDArray[np.float32], int]:
+    _check_container(data, source)
+
+    try:
+        output = _audio_decoder()(stack.load().MemoryBlock(data))
+    except (ValueError, RuntimeError) as ex:
+        raise _cannot_decode(source, ex) from None
+
+    # (S) or (S, C) -> (C, S)
+    samples = output["waveform"].numpy()
+    channels = samples.reshape(len(samples), -1).T
+
+    return channels, round(output["sample_rate"])
+
+
+def _check_container(data: bytes, source: str) -> None:
+    """Refuse what libsndfile would quietly decode less of than the file claims."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            frames, log = file.frames, file.extra_info
+            seconds = frames / file.samplerate
+    except (soundfile.LibsndfileError, OSError) as ex:
+        raise _cannot_decode(source, ex) from None
+
+    # libsndfile logs "data : 64000 (should be 32000)" where a header claims more
+    # bytes than follow. Streamed files claim the largest size there is.
+    for claimed in re.findall(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be", log):
+        if int(claimed) < 0x7FFF_0000:
+            raise _truncated(source, seconds)
+
+
+def _truncated(source: str, seconds: float) -> AudioError:
+    return AudioError(
+        f"{source}: truncated, its header promises more audio than the "
+        f"{seconds:.2f} s that can be decoded; fetch or convert it again."
+    )
+
+
+def _cannot_decode(source: str, ex: Exception) -> AudioError:
+    reason = str(ex.__cause__ or ex).strip().splitlines()[-1].rstrip(".")
+    return AudioError(
+        f"{source}: cannot be decoded as audio ({reason}); convert it to WAV or FLAC, "
+        "for example with `ffmpeg -i IN OUT.flac`."
+    )
+
+
+def _channels_of_array(
+    array: NDArray[Any] | Tensor, source: str
+) -> NDArray[np.float32]:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        array = array.float().numpy() if array.is_floating_point() else array.numpy()
+
+    if array.ndim not in (1, 2):
+        raise AudioError(
+            f"{source}: has {array.ndim} dimensions; expected (samples,) or "
+            "(channels, samples)."
+        )
+
+    channels = np.atleast_2d(array)
+
+    if array.ndim == 2 and channels.shape[0] > max(channels.shape[1], 1):
+        raise AudioError(
+            f"{source}: of shape {tuple(channels.shape)} would be "
+            f"{channels.shape[0]} channels; arrays are (channels, samples), so "
+            "transpose it."
+        )
+
+    if channels.dtype.kind == "f":
+        return channels.astype(np.float32, copy=False)
+
+    if channels.dtype == np.uint8:  # as in 8-bit WAV
+        return np.asarray((channels - 128.0) / 128, dtype=np.float32)
+
+    if channels.dtype.kind == "i":
+        full_scale = -float(np.iinfo(channels.dtype).min)
+        return np.asarray(channels / full_scale, dtype=np.float32)
+
+    raise AudioError(
+        f"{source}: of dtype {channels.dtype} is not audio; expected floating-point "
+        "samples in [-1, 1], or signed integers."
+    )
+
+
+def _to_mono(channels: NDArray[np.float32], source: str) -> NDArray[np.float32]:
+    if not 1 <= len(channels) <= _MAX_CHANNELS:
+        raise AudioError(f"{source}: has {len(channels)} channels.")
+
+    if not np.isfinite(channels).all():
+        raise AudioError(f"{source}: has samples that are NaN or infinite.")
+
+    peak = float(np.abs(channels).max(initial=0))
+
+    if peak > _MAX_ABS_SAMPLE:
+        raise AudioError(f"{source}: has samples of {peak:g}; expected [-1, 1].")
+
+    if len(channels) == 1:
+        # A copy only where torch could not take the array as it is.
+        return np.require(channels[0], requirements=["C", "W"])
+
+    mono: NDArray[np.float32] = channels.mean(axis=0, dtype=np.float32)
+
+    return mono
+
+
+def _resample(mono: NDArray[np.float32], rate: int, source: str) -> NDArray[np.float32]:
+    if not (100 <= rate <= 10_000_000 and rate == int(rate)):
+        raise AudioError(
+            f"{source}: a sampling rate of {rate} Hz is not one of audio; expected a "
+            "whole number of Hz such as 8000 or 48000."
+        )
+
+    if rate == SAMPLING_RATE or len(mono) == 0:
+        return mono
+
+    resampled: NDArray[np.float32] = soxr.resample(
+        mono, rate, SAMPLING_RATE, quality="HQ"
+    )
+
+    return resampled
+
+
+def _resampled_length(samples: int, rate: float) -> int:
+    return round(samples * SAMPLING_RATE / rate) if rate > 0 else 0

@@ -1,0 +1,149 @@
+"""fbanks -> :class:`FbankBatch`: padded sequences beside their true lengths.
+
+Comes in: (frames, 80) tensors. Goes out: (N, S, 80), padded by fairseq2's ``Collater``
+as Seamless pads. Also plans which utterances share a batch, so that little of it is
+padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from seamless_w2vbert import stack
+from seamless_w2vbert.constants import FBANK_STRIDE, NUM_MEL_BINS, PAD_VALUE
+from seamless_w2vbert.errors import AudioError
+
+BatchT = TypeVar("BatchT", bound="PaddedBatch")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Sequences of different lengths in one tensor."""
+
+    seqs: Tensor
+    """*Shape:* (N, S, D)."""
+
+    lengths: Tensor
+    """The true length of each sequence. *Shape:* (N,), int64, on the CPU."""
+
+    def to(
+        self: BatchT,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> BatchT:
+        """Move and cast the sequences; the lengths stay on the CPU."""
+        seqs = self.seqs.to(device=device, dtype=dtype, non_blocking=True)
+        return replace(self, seqs=seqs)
+
+    def unpadded(self) -> list[Tensor]:
+        """Return each sequence without its padding. *Shape:* (length, D)."""
+        lengths = self.lengths.tolist()
+        return [seq[:length] for seq, length in zip(self.seqs, lengths, strict=True)]
+
+    def __len__(self) -> int:
+        return int(self.seqs.size(0))
+
+
+@dataclass(frozen=True)
+class FbankBatch(PaddedBatch):
+    """A batch of fbanks: (N, frames, 80), padded with 1."""
+
+
+@dataclass(frozen=True)
+class HiddenBatch(PaddedBatch):
+    """The encoder frontend's output: (N, frames, model_dim), a frame every 20 ms."""
+
+
+@cache
+def _collater() -> Any:
+    return stack.load().Collater(pad_value=PAD_VALUE)
+
+
+def pad(fbanks: Sequence[Tensor]) -> FbankBatch:
+    """Pad fbanks to a batch.
+
+    As in Seamless (``Collater``); an odd last frame stays in the batch and is dropped
+    by the encoder frontend, which stacks frames in pairs.
+
+    :param fbanks: tensors of shape (frames, 80), at least two frames each.
+    :raises AudioError: if there is none, or one has another shape.
+    """
+    if not fbanks:
+        raise AudioError("There is nothing to pad: the list of fbanks is empty.")
+
+    for index, fbank in enumerate(fbanks):
+        if fbank.ndim != 2 or fbank.size(1) != NUM_MEL_BINS:
+            raise AudioError(
+                f"fbank {index} is of shape {tuple(fbank.shape)}; expected "
+                f"(frames, {NUM_MEL_BINS})."
+            )
+        if fbank.size(0) < FBANK_STRIDE:
+            raise AudioError(
+                f"fbank {index} has {fbank.size(0)} frames; one encoder frame takes "
+                f"{FBANK_STRIDE}."
+            )
+
+    data = _collater()(list(fbanks))
+
+    return FbankBatch(
+        data["seqs"], torch.as_tensor(data["seq_lens"], dtype=torch.int64)
+    )
+
+
+def plan_batches(
+    items: Iterable[tuple[T, int]],
+    *,
+    max_frames: int,
+    max_items: int,
+    window: int,
+) -> Iterator[list[list[T]]]:
+    """Group items of known length into batches that waste little on padding.
+
+    Reads ``items`` a window at a time, sorts the window by length and cuts it where
+    the padded batch would grow over ``max_frames``. Never holds more than one window,
+    so the source may be endless.
+
+    :param items: (item, length in frames) pairs.
+    :param max_frames: the most frames in a batch, padding included; an item longer
+        than that has a batch of its own.
+    :param max_items: the most items in a batch.
+    :param window: the frames to read before cutting.
+    :returns: for each window its batches, longest first.
+    """
+    pending: list[tuple[T, int]] = []
+    frames = 0
+
+    for item, length in items:
+        pending.append((item, length))
+        frames += length
+
+        if frames >= window or len(pending) >= 64 * max_items:
+            yield _cut(pending, max_frames, max_items)
+            pending, frames = [], 0
+
+    if pending:
+        yield _cut(pending, max_frames, max_items)
+
+
+def _cut(
+    pending: list[tuple[T, int]], max_frames: int, max_items: int
+) -> list[list[T]]:
+    batches: list[list[T]] = []
+    width = 0
+
+    # Longest first: the first of a batch sets its width, and memory peaks early.
+    for item, length in sorted(pending, key=lambda pair: -pair[1]):
+        full = not batches or len(batches[-1]) == max_items
+        if full or (len(batches[-1]) + 1) * width > max_frames:
+            batches.append([])
+            width = max(length, 1)
+        batches[-1].append(item)
+
+    return batches

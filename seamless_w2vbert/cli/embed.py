@@ -1,0 +1,231 @@
+"""``seamless-w2vbert embed``: audio files -> a table, and their embeddings in a file.
+
+Comes in: paths. Goes out: one row per file on stdout, one array per file and layer in
+``.npz``, ``.npy`` or ``.safetensors``.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Pool(str, Enum):
+    mean = "mean"
+
+
+def embed(
+    audio: Annotated[
+        list[str], typer.Argument(help="Audio files; - reads paths from stdin.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="conformer_shaw (the published model), tiny-random (untrained, "
+            "offline), a checkpoint file, or a Transformers folder."
+        ),
+    ] = "tiny-random",
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Layers, as 17,24 or -1. 17 is the output of block 17, Transformers' "
+            "hidden_states[17]; 0 the frontend's output."
+        ),
+    ] = "-1",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[DType, typer.Option(help="Of the model.")] = DType.float32,
+    pool: Annotated[
+        Pool | None, typer.Option(help="One vector per file, over its frames.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the arrays to FILE.npz, FILE.npy or FILE.safetensors."
+        ),
+    ] = None,
+) -> None:
+    """Embed audio files: print a table, and write the arrays if asked to.
+
+    Bad files are named on stderr and the rest embedded; the exit code is then 1.
+    """
+    numbers = _parse_layers(layers)
+    paths = list(_read_paths(audio))
+    _check_output(output, len(paths), len(numbers))
+
+    import torch
+
+    from seamless_w2vbert.pipeline import SpeechEncoderPipeline
+
+    pipeline = SpeechEncoderPipeline.from_pretrained(
+        model, device=_device(device), dtype=getattr(torch, dtype.value)
+    )
+
+    arrays: dict[str, Tensor] = {}
+    rows: list[tuple[str, ...]] = []
+    failed = 0
+
+    for item in pipeline.stream(paths, layers=numbers, on_error="return"):
+        if item.error is not None:
+            failed += 1
+            print(f"seamless-w2vbert: {item.error}", file=sys.stderr)
+            continue
+
+        for number, hidden in item.hidden_states.items():
+            vectors = hidden.float().mean(dim=0) if pool else hidden
+            key = f"{item.id}#{number}" if len(numbers) > 1 else item.id
+            arrays[key] = vectors
+            rows.append(_row(item.id, item.samples, number, hidden, vectors))
+
+    if rows:
+        _print_table(rows, model)
+
+    if output is not None and arrays:
+        _write(output, arrays)
+
+    if failed:
+        print(
+            f"seamless-w2vbert: {failed} of {len(paths)} files failed", file=sys.stderr
+        )
+        raise typer.Exit(1)
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentError(
+            f"--layers {text!r} is not a list of numbers such as 17,24."
+        ) from None
+
+
+def _read_paths(audio: list[str]) -> Iterator[str]:
+    for path in audio:
+        if path == "-":
+            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        else:
+            yield path
+
+
+def _check_output(output: Path | None, num_files: int, num_layers: int) -> None:
+    if num_files == 0:
+        raise ArgumentError("There is no audio file to embed.")
+
+    if output is None:
+        return
+
+    if output.suffix not in (".npz", ".npy", ".safetensors"):
+        raise ArgumentError(f"--output {output}: use .npz, .npy or .safetensors.")
+
+    if output.suffix == ".npy" and num_files * num_layers > 1:
+        raise ArgumentError(
+            f"--output {output}: .npy holds one array, and there would be "
+            f"{num_files * num_layers}; use .npz or .safetensors."
+        )
+
+    if not output.parent.is_dir():
+        raise ArgumentError(f"--output {output}: there is no folder {output.parent}.")
+
+
+def _device(text: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ArgumentError(
+            f"--device {text!r} is no device; try cpu or cuda."
+        ) from None
+
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError(
+            f"--device {text}: torch sees no CUDA device; `seamless-w2vbert doctor` "
+            "says more."
+        )
+
+    return device
+
+
+def _row(
+    name: str, samples: int, layer: int, hidden: Tensor, vectors: Tensor
+) -> tuple[str, ...]:
+    from seamless_w2vbert.constants import SAMPLING_RATE
+
+    # The norm of a frame, on average; of the one vector when pooled.
+    norm = vectors.float().norm(dim=-1).mean().item()
+
+    return (
+        name,
+        f"{samples / SAMPLING_RATE:.2f}",
+        str(layer),
+        str(len(hidden)),
+        str(hidden.size(1)),
+        f"{norm:.3f}",
+    )
+
+
+def _print_table(rows: list[tuple[str, ...]], model: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    untrained = " (untrained)" if model == "tiny-random" else ""
+    table = Table(title=f"{model}{untrained}", box=box.SIMPLE, title_justify="left")
+
+    for heading in ("file", "seconds", "layer", "frames", "dim", "norm"):
+        justify: Any = "left" if heading == "file" else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
+
+    for row in rows:
+        table.add_row(*row)
+
+    Console(markup=False, highlight=False, soft_wrap=False).print(table)
+
+
+def _write(output: Path, arrays: dict[str, Tensor]) -> None:
+    import torch
+
+    try:
+        if output.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file({k: v.contiguous() for k, v in arrays.items()}, output)
+            return
+
+        import numpy as np
+
+        # NumPy has no bfloat16; float32 holds every one of its values.
+        numpy_arrays = {
+            key: (v.float() if v.dtype == torch.bfloat16 else v).numpy()
+            for key, v in arrays.items()
+        }
+
+        if output.suffix == ".npy":
+            np.save(output, next(iter(numpy_arrays.values())))
+            return
+
+        # np.savez takes names as keyword arguments, of which some are its own.
+        with zipfile.ZipFile(output, "w") as archive:
+            for name, array in numpy_arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+    except OSError as ex:
+        raise SeamlessW2vBertError(
+            f"{output}: cannot be written: {ex.strerror or ex}."
+        ) from None

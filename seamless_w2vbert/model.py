@@ -1,0 +1,142 @@
+"""A name, card or path -> a model with ``encoder_frontend`` and ``encoder``.
+
+Comes in: whatever names a checkpoint. Goes out: fairseq2's own modules, built on the
+meta device and given the checkpoint's tensors as they lie on disk, so that a model
+costs its weights once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from seamless_w2vbert import stack
+from seamless_w2vbert.architecture import TINY
+from seamless_w2vbert.checkpoints import Checkpoint, hub, read_checkpoint, shapes, tiny
+from seamless_w2vbert.errors import ArgumentError, CheckpointError
+
+TINY_RANDOM = "tiny-random"
+"""A small untrained encoder, for trying things offline."""
+
+CONFORMER_SHAW = "conformer_shaw"
+"""The published W2v-BERT 2.0."""
+
+
+class UntrainedModelWarning(UserWarning):
+    """The model's weights are random: its embeddings mean nothing."""
+
+
+def load_conformer_shaw_model(
+    model_name_or_card: str | os.PathLike[str] | object,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Module:
+    """Load a W2v-BERT 2.0 model.
+
+    The counterpart of seamless_communication's ``load_conformer_shaw_model``. With that
+    package importable, its own builder makes the modules. Nothing in a checkpoint is
+    ever executed.
+
+    :param model_name_or_card:
+        ``"conformer_shaw"``, the published model, fetched from Hugging Face once;
+        ``"tiny-random"``, small and untrained; a fairseq, fairseq2 or safetensors
+        file; a Transformers folder; the name of an asset card that fairseq2 knows, or
+        an ``AssetCard``.
+    :param device: where the parameters go.
+    :param dtype: the dtype of the parameters.
+
+    :returns:
+        fairseq2's ``Wav2Vec2Model`` where the checkpoint holds the pretraining heads;
+        else a module with ``encoder_frontend`` and ``encoder`` alone. In evaluation
+        mode.
+    :raises CheckpointError: if there is no such checkpoint, or it is damaged, unsafe
+        or of another architecture; the message names the file and the tensor.
+    """
+    if not dtype.is_floating_point:
+        raise ArgumentError(f"A model cannot be of dtype {dtype}.")
+
+    device = torch.device(device)
+
+    if model_name_or_card == TINY_RANDOM:
+        warnings.warn(
+            "tiny-random is untrained: its embeddings are of the right kind and mean "
+            "nothing. Pass a real model, such as conformer_shaw, for real ones.",
+            UntrainedModelWarning,
+            stacklevel=2,
+        )
+        model = stack.load().build_model(TINY)
+        expected = {name: t.shape for name, t in model.state_dict().items()}
+        return _assign(model, tiny.draw(expected), device, dtype)
+
+    checkpoint = _open(model_name_or_card)
+
+    if checkpoint.other:
+        _warn_about_other(checkpoint)
+
+    tensors = dict(checkpoint.tensors)
+    model = stack.load().build_model(checkpoint.architecture)
+    expected_state = model.state_dict()
+
+    # fairseq keeps no count of the quantizer's updates; Seamless sets it to zero.
+    if "quantizer.num_updates" in expected_state:
+        tensors.setdefault("quantizer.num_updates", torch.zeros((), dtype=torch.int64))
+
+    shapes.check(tensors, expected_state, checkpoint.path)
+
+    return _assign(model, tensors, device, dtype)
+
+
+def _open(name: str | os.PathLike[str] | object) -> Checkpoint:
+    if isinstance(name, (str, os.PathLike)) and os.path.exists(name):
+        return read_checkpoint(Path(name))
+
+    if name == CONFORMER_SHAW:
+        return read_checkpoint(hub.download())
+
+    if isinstance(name, os.PathLike):
+        raise CheckpointError(f"{os.fspath(name)}: there is no such file or folder.")
+
+    card = stack.load().find_card(name)
+
+    if card is None:
+        raise CheckpointError(
+            f"{name}: is neither a file, nor a folder, nor a model that is known by "
+            f"name ({CONFORMER_SHAW}, {TINY_RANDOM}, or an asset card of fairseq2's)."
+        )
+
+    return read_checkpoint(card.path)
+
+
+def _warn_about_other(checkpoint: Checkpoint) -> None:
+    names = sorted({name.split(".")[0] for name in checkpoint.other} - {"masker"})
+
+    if names:
+        warnings.warn(
+            f"{checkpoint.path}: {', '.join(names)} are no part of the encoder and are "
+            "left out.",
+            stacklevel=3,
+        )
+
+
+def _assign(
+    model: Module,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Module:
+    state_dict = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
+
+    # Parameters become the tensors themselves: memory-mapped ones stay on disk until
+    # they are used, and the meta device has allocated nothing.
+    model.load_state_dict(state_dict, assign=True)
+
+    return model.eval()

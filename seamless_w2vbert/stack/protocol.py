@@ -1,0 +1,85 @@
+"""What a stack module offers: the names and signatures that both generations share.
+
+Comes in: tensors and lengths. Goes out: tensors and lengths. It exists so that the
+rest of the package never meets a ``PaddingMask`` (0.2) or a ``BatchLayout`` (0.8).
+
+``lengths`` is everywhere an int64 tensor of shape (N,) on the CPU, in frames of the
+``seqs`` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from seamless_w2vbert.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class CardCheckpoint:
+    """Where the checkpoint of a fairseq2 asset card lies on this machine."""
+
+    name: str
+    path: Path
+
+
+class Stack(Protocol):
+    """The shape of :mod:`stack.seamless` and :mod:`stack.current`."""
+
+    NAME: str
+    """``"seamless"`` or ``"current"``."""
+
+    AudioDecoder: Any
+    WaveformToFbankConverter: Any
+    Collater: Any
+    DataPipeline: Any
+    MemoryBlock: Any
+    """fairseq2's classes of these names."""
+
+    def run_frontend(
+        self, frontend: Module, seqs: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Apply an ``encoder_frontend``."""
+
+    def run_encoder(
+        self, encoder: Module, seqs: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Apply a whole encoder, an adaptor that shortens sequences included."""
+
+    def iter_layers(
+        self, encoder: Module, seqs: Tensor, lengths: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield the output of each layer of ``encoder.layers`` in turn, so that the
+        caller can stop early."""
+
+    def build_model(self, architecture: Architecture) -> Module:
+        """Build the model on the meta device, with fairseq2's parameter names: a
+        ``Wav2Vec2Model`` where ``architecture.pretraining`` is given, else a module
+        with ``encoder_frontend`` and ``encoder`` alone."""
+
+    def find_card(self, card: object) -> CardCheckpoint | None:
+        """Look an asset card up by name (or take an ``AssetCard``), download its
+        checkpoint if need be, and return None where no such card exists."""
+
+
+class SpeechEncoder(Module):
+    """An encoder and its frontend, for checkpoints without pretraining heads."""
+
+    encoder_frontend: Module
+    encoder: Module
+
+    def __init__(self, encoder_frontend: Module, encoder: Module) -> None:
+        super().__init__()
+        self.encoder_frontend = encoder_frontend
+        self.encoder = encoder
+
+
+def lengths_tensor(lengths: list[int] | Tensor) -> Tensor:
+    """Return ``lengths`` in the form that every stack function takes and gives."""
+    return torch.as_tensor(lengths, dtype=torch.int64, device="cpu")

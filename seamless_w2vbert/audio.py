@@ -242,9 +242,9 @@ def _decode_file(data: bytes, source: str) -> tuple[NDArray[np.float32], int]:
     except (ValueError, RuntimeError) as ex:
         raise _cannot_decode(source, ex) from None
 
-    # (S) or (S, C) -> (C, S)
     samples = output["waveform"].numpy()
-    channels = samples.reshape(len(samples), -1).T
+    # (S) or (S, C) -> (C, S)
+    channels = samples[np.newaxis] if samples.ndim == 1 else samples.T
 
     return channels, round(output["sample_rate"])
 

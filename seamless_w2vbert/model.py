@@ -11,10 +11,13 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import layer_norm
 
 from seamless_w2vbert import stack
 from seamless_w2vbert.architecture import TINY
@@ -139,4 +142,31 @@ def _assign(
     # they are used, and the meta device has allocated nothing.
     model.load_state_dict(state_dict, assign=True)
 
+    if dtype == torch.float16 and not _has_half_layer_norm(device):
+        for module in model.modules():
+            if hasattr(module, "normalized_shape"):
+                module.forward = MethodType(_layer_norm_in_float32, module)
+
     return model.eval()
+
+
+def _has_half_layer_norm(device: torch.device) -> bool:
+    """Tell whether torch normalises float16 on ``device``; 2.2 does not on CPU."""
+    try:
+        layer_norm(torch.zeros(1, 2, dtype=torch.float16, device=device), (2,))
+    except RuntimeError:
+        return False
+
+    return True
+
+
+def _layer_norm_in_float32(module: Any, seqs: Tensor) -> Tensor:
+    normalized = layer_norm(
+        seqs.float(),
+        module.normalized_shape,
+        module.weight.float(),
+        module.bias.float(),
+        module.eps,
+    )
+
+    return normalized.type_as(seqs)

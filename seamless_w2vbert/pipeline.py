@@ -30,8 +30,8 @@ DEFAULT_MAX_FRAMES = {"cpu": 6_000, "cuda": 48_000}
 """The padded fbank frames (10 ms) in one batch of a stream, by device: a minute of
 audio keeps two cores busy, eight minutes a GPU."""
 
-MIN_WINDOW = 96_000
-"""The fbank frames (16 minutes of audio) that a stream sorts by length at a time."""
+MIN_WINDOW = 144_000
+"""The fbank frames (24 minutes of audio) that a stream sorts by length at a time."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class SpeechEncoderPipeline:
         Built on fairseq2's ``DataPipeline``: lengths are read from headers, so that
         utterances of like length share a batch; decoding and fbanks run in threads
         ahead of the encoder. Memory does not grow with the corpus: never more than a
-        few batches are in flight, and results wait only for the window of sixteen
+        few batches are in flight, and results wait only for the window of 24
         minutes (or eight batches) that they were sorted in.
 
         :param inputs: audio in any form that ``decode`` takes, or (id, audio) pairs.

@@ -137,12 +137,14 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 def _load_pickle(file: Path) -> Any:
     try:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(
+                str(file), map_location="cpu", weights_only=True, mmap=True
+            )
         except RuntimeError as ex:
             # Files from before torch 1.6 are no zip archives and cannot be mapped.
             if "mmap can only be used" not in str(ex):
                 raise
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(str(file), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as ex:
         raise CheckpointError(
             f"{file}: refused, it is not a checkpoint of tensors and plain values "

@@ -113,7 +113,7 @@ class ConformerShawConfig(Wav2Vec2Config):
     """The configuration of W2v-BERT 2.0 with its pretraining heads, as
     ``conformer_shaw_600m`` of seamless_communication."""
 
-    encoder_config: Wav2Vec2EncoderConfig = field(
+    encoder_config: ConformerShawEncoderConfig = field(
         default_factory=lambda: _encoder_config(Architecture())
     )
     final_dim: int = 768
@@ -235,8 +235,13 @@ def convert_conformer_shaw_state_dict(
     state_dict: dict[str, object], config: ConformerShawConfig
 ) -> dict[str, object]:
     """Rename a fairseq or Transformers state dict to fairseq2's names."""
-    model = state_dict.get("model", state_dict)
-    return to_fairseq2_names(cast(dict[str, object], model))
+    model = cast(dict[str, object], state_dict.get("model", state_dict))
+    renamed = to_fairseq2_names(model)
+
+    # fairseq keeps no count of the quantizer's updates; Seamless sets it to zero.
+    renamed.setdefault("quantizer.num_updates", torch.zeros((), dtype=torch.int64))
+
+    return renamed
 
 
 def register_extension(container: DependencyContainer) -> None:

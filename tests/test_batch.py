@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seamless_w2vbert import AudioError
+from seamless_w2vbert.batch import pad, plan_batches
+from seamless_w2vbert.pipeline import DEFAULT_MAX_FRAMES, MIN_WINDOW
+
+
+def test_padding_is_ones_behind_the_true_lengths():
+    fbanks = [torch.full((n, 80), float(n)) for n in (3, 7, 2)]
+    batch = pad(fbanks)
+
+    assert batch.seqs.shape == (3, 7, 80)
+    assert batch.lengths.tolist() == [3, 7, 2]
+    for row, fbank in enumerate(fbanks):
+        assert torch.equal(batch.seqs[row, : len(fbank)], fbank)
+        assert (batch.seqs[row, len(fbank) :] == 1).all()
+        assert torch.equal(batch.unpadded()[row], fbank)
+
+
+@pytest.mark.parametrize(
+    ("fbanks", "reason"),
+    [
+        ([], "empty"),
+        ([torch.zeros(5, 40)], r"\(5, 40\)"),
+        ([torch.zeros(1, 80)], "1 frames"),
+        ([torch.zeros(4, 80), torch.zeros(80)], "fbank 1"),
+    ],
+)
+def test_what_cannot_be_padded_is_refused(fbanks, reason):
+    with pytest.raises(AudioError, match=reason):
+        pad(fbanks)
+
+
+lengths = st.lists(st.integers(min_value=0, max_value=5000), max_size=300)
+
+
+@given(lengths=lengths, max_frames=st.integers(10, 9000), max_items=st.integers(1, 20))
+def test_batches_hold_every_item_once_within_their_bounds(
+    lengths, max_frames, max_items
+):
+    windows = plan_batches(
+        ((index, length) for index, length in enumerate(lengths)),
+        max_frames=max_frames,
+        max_items=max_items,
+        window=4 * max_frames,
+    )
+    seen = []
+
+    for window in windows:
+        for batch in window:
+            width = max(lengths[index] for index in batch)
+            assert 1 <= len(batch) <= max_items
+            assert len(batch) == 1 or width * len(batch) <= max_frames
+        # Windows follow each other: order can be restored one window at a time.
+        items = sorted(index for batch in window for index in batch)
+        assert items == list(range(len(seen), len(seen) + len(items)))
+        seen += items
+
+    assert seen == list(range(len(lengths)))
+
+
+def test_little_of_a_mixed_corpus_is_padding():
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(np.log(800), 0.7, 2000), 100, 3000).astype(int)
+    windows = plan_batches(
+        ((int(n), int(n)) for n in lengths),
+        max_frames=DEFAULT_MAX_FRAMES["cpu"],
+        max_items=64,
+        window=MIN_WINDOW,
+    )
+    batches = [batch for window in windows for batch in window]
+    computed = sum(max(batch) * len(batch) for batch in batches)
+
+    assert 1 - lengths.sum() / computed < 0.05
+
+
+def test_planning_reads_no_further_than_a_window():
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield read, 100
+
+    first = next(plan_batches(endless(), max_frames=1000, max_items=8, window=5000))
+
+    assert sum(len(batch) for batch in first) == read == 50

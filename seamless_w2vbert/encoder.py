@@ -16,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils.rnn import pad_sequence
 
 from seamless_w2vbert import stack
 from seamless_w2vbert.batch import FbankBatch, HiddenBatch
@@ -148,8 +149,7 @@ def run_encoder(
     layered = _layered(encoder)
 
     if layers is None and layered is not encoder:
-        final = stack_.run_encoder(encoder, seqs, lengths)
-        return EncoderOutput({}, lengths, (_zero_padding(*final), final[1]))
+        return EncoderOutput({}, lengths, _run_unpadded(encoder, seqs, lengths))
 
     if layered is None:
         raise ArgumentError(
@@ -177,6 +177,33 @@ def run_encoder(
     last = found[num_layers] if norm is None else _zero_padding(norm(seqs), lengths)
 
     return EncoderOutput(found if layers is not None else {}, lengths, (last, lengths))
+
+
+def _run_unpadded(
+    encoder: Module, seqs: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Apply an encoder whose inside is not known, to sequences of one length at a time.
+
+    UnitY's adaptor convolves over padding without masking it, so that in
+    seamless_communication an utterance's last frames depend on its batch. Without
+    padding they are what they are for the utterance alone.
+    """
+    outputs: dict[int, Tensor] = {}
+
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().squeeze(1)
+        group = seqs[rows.to(seqs.device), :length]
+        output, _ = stack.load().run_encoder(
+            encoder, group, torch.full((len(rows),), length)
+        )
+        outputs.update(zip(rows.tolist(), output, strict=True))
+
+    in_order = [outputs[row] for row in range(len(lengths))]
+
+    return (
+        pad_sequence(in_order, batch_first=True),
+        torch.tensor([len(output) for output in in_order]),
+    )
 
 
 def _zero_padding(seqs: Tensor, lengths: Tensor) -> Tensor:

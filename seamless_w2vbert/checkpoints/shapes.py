@@ -80,8 +80,8 @@ def architecture_of(
     if num_positions != left + 1 + right:
         raise CheckpointError(
             f"{path}: {_REL_K_EMBED} has {num_positions} relative positions, but "
-            f"-{left} to {right} are {left + 1 + right}. A config has to say how another "
-            "table is split: save the model as a Transformers folder with "
+            f"-{left} to {right} are {left + 1 + right}. A config has to say how "
+            "another table is split: save the model as a Transformers folder with "
             "left_max_position_embeddings and right_max_position_embeddings set."
         )
 

@@ -335,7 +335,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, name, content, reason):
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="not a W2v-BERT 2.0 checkpoint"):
+    with pytest.raises(CheckpointError, match=r"not a W2v-BERT 2\.0 checkpoint"):
         load_conformer_shaw_model(tmp_path / "other.pt")
 
     torch.save([1, 2], tmp_path / "list.pt")
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="holds neither model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors"):
         load_conformer_shaw_model(tmp_path)
 
 

@@ -190,7 +190,7 @@ def _run_unpadded(
     """
     outputs: dict[int, Tensor] = {}
 
-    for length in lengths.unique().tolist():
+    for length in sorted(set(lengths.tolist())):
         rows = (lengths == length).nonzero().squeeze(1)
         group = seqs[rows.to(seqs.device), :length]
         output, _ = stack.load().run_encoder(

@@ -132,7 +132,7 @@ def run_frontend(frontend: Module, batch: FbankBatch) -> HiddenBatch:
     :returns: (N, frames // 2, model_dim), zeros on padding.
     """
     seqs, lengths = stack.load().run_frontend(frontend, batch.seqs, batch.lengths)
-    return HiddenBatch(_zero_padding(seqs, lengths), lengths)
+    return HiddenBatch(zero_padding(seqs, lengths), lengths)
 
 
 def run_encoder(
@@ -159,13 +159,13 @@ def run_encoder(
 
     num_layers = num_layers_of(encoder)
     wanted = resolve_layers(-1 if layers is None else layers, num_layers)
-    found = {0: _zero_padding(seqs, lengths)} if 0 in wanted else {}
+    found = {0: zero_padding(seqs, lengths)} if 0 in wanted else {}
 
     if wanted[-1] > 0:
         outputs = stack_.iter_layers(layered, seqs, lengths)
         for number, seqs in enumerate(outputs, start=1):
             if number in wanted:
-                found[number] = _zero_padding(seqs, lengths)
+                found[number] = zero_padding(seqs, lengths)
             if number == wanted[-1]:
                 break
 
@@ -174,7 +174,7 @@ def run_encoder(
 
     # Encoders in pre-norm order end in a normalisation that belongs to no block.
     norm = getattr(encoder, "layer_norm", None)
-    last = found[num_layers] if norm is None else _zero_padding(norm(seqs), lengths)
+    last = found[num_layers] if norm is None else zero_padding(norm(seqs), lengths)
 
     return EncoderOutput(found if layers is not None else {}, lengths, (last, lengths))
 
@@ -206,7 +206,8 @@ def _run_unpadded(
     )
 
 
-def _zero_padding(seqs: Tensor, lengths: Tensor) -> Tensor:
+def zero_padding(seqs: Tensor, lengths: Tensor) -> Tensor:
+    """Set what stands behind the true lengths to zero. *Shape:* (N, S, M)."""
     if bool((lengths >= seqs.size(1)).all()):
         return seqs
 

@@ -8,6 +8,7 @@ costs its weights once.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import layer_norm
 
-from seamless_w2vbert import stack
+from seamless_w2vbert import heads, stack
 from seamless_w2vbert.architecture import TINY
 from seamless_w2vbert.checkpoints import Checkpoint, hub, read_checkpoint, shapes, tiny
 from seamless_w2vbert.errors import ArgumentError, CheckpointError
@@ -78,12 +79,12 @@ def load_conformer_shaw_model(
         return _assign(model, tiny.draw(expected), device, dtype)
 
     checkpoint = _open(model_name_or_card)
-
-    if checkpoint.other:
-        _warn_about_other(checkpoint)
-
     tensors = dict(checkpoint.tensors)
     model = stack.load().build_model(checkpoint.architecture)
+
+    if checkpoint.format == "transformers":
+        tensors = _attach_heads(model, checkpoint)
+
     expected_state = model.state_dict()
 
     # fairseq keeps no count of the quantizer's updates; Seamless sets it to zero.
@@ -116,15 +117,30 @@ def _open(name: str | os.PathLike[str] | object) -> Checkpoint:
     return read_checkpoint(card.path)
 
 
-def _warn_about_other(checkpoint: Checkpoint) -> None:
-    names = sorted({name.split(".")[0] for name in checkpoint.other} - {"masker"})
+def _attach_heads(model: Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Put on ``model`` what Transformers' fine-tuning did, and return all its tensors.
+    Heads that have no place here are left out, with a warning that names them."""
+    added = heads.attach(
+        model, checkpoint.other, checkpoint.config or {}, checkpoint.path
+    )
+    taken = {name.split(".")[1] for name in added} | {"masker"}
+    left_out = sorted({name.split(".")[0] for name in checkpoint.other} - taken)
 
-    if names:
+    if left_out:
         warnings.warn(
-            f"{checkpoint.path}: {', '.join(names)} are no part of the encoder and are "
-            "left out.",
+            f"{checkpoint.path}: {', '.join(left_out)} are no part of the encoder and "
+            "are left out.",
             stacklevel=3,
         )
+
+    # An adapter wraps the encoder, whose tensors then have a longer name.
+    wrapped = isinstance(model.encoder, heads.AdaptedEncoder)
+    encoder = {
+        re.sub(r"^encoder\.", "encoder.inner.", name) if wrapped else name: tensor
+        for name, tensor in checkpoint.tensors.items()
+    }
+
+    return {**encoder, **added}
 
 
 def _assign(
@@ -142,15 +158,20 @@ def _assign(
     # they are used, and the meta device has allocated nothing.
     model.load_state_dict(state_dict, assign=True)
 
-    if dtype == torch.float16 and not _has_half_layer_norm(device):
-        for module in model.modules():
-            if hasattr(module, "normalized_shape"):
-                module.forward = MethodType(_layer_norm_in_float32, module)
+    if dtype == torch.float16 and not has_half_layer_norm(device):
+        use_float32_layer_norm(model)
 
     return model.eval()
 
 
-def _has_half_layer_norm(device: torch.device) -> bool:
+def use_float32_layer_norm(model: Module) -> None:
+    """Make the layer norms of ``model`` compute in float32, whatever they are given."""
+    for module in model.modules():
+        if hasattr(module, "normalized_shape"):
+            module.forward = MethodType(_layer_norm_in_float32, module)
+
+
+def has_half_layer_norm(device: torch.device) -> bool:
     """Tell whether torch normalises float16 on ``device``; 2.2 does not on CPU."""
     try:
         layer_norm(torch.zeros(1, 2, dtype=torch.float16, device=device), (2,))

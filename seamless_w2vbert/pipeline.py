@@ -21,6 +21,7 @@ from seamless_w2vbert.audio import AudioInput, Waveform
 from seamless_w2vbert.batch import FbankBatch, HiddenBatch
 from seamless_w2vbert.encoder import EncoderOutput, Layers
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
+from seamless_w2vbert.heads import CTCHead
 from seamless_w2vbert.model import load_conformer_shaw_model
 
 STAGES = ("decode", "fbank", "pad", "encoder_frontend", "encoder")
@@ -75,6 +76,8 @@ class SpeechEncoderPipeline:
     pad: Callable[[Sequence[Tensor]], FbankBatch]
     encoder_frontend: Callable[[FbankBatch], HiddenBatch]
     encoder: Callable[..., EncoderOutput]
+    logits: Callable[[EncoderOutput], Tensor]
+    """A sixth stage, for models with a CTC head: (N, S, vocabulary)."""
 
     def __init__(self, module: Module) -> None:
         """
@@ -93,6 +96,7 @@ class SpeechEncoderPipeline:
         self.pad = batch.pad
         self.encoder_frontend = self._run_frontend
         self.encoder = self._run_encoder
+        self.logits = self._run_ctc_head
 
     @classmethod
     def from_pretrained(
@@ -128,7 +132,7 @@ class SpeechEncoderPipeline:
 
         :raises ArgumentError: if there is no such stage.
         """
-        if stage not in STAGES:
+        if stage not in (*STAGES, "logits"):
             raise ArgumentError(
                 f"There is no stage {stage!r}; the stages are {', '.join(STAGES)}."
             )
@@ -149,6 +153,46 @@ class SpeechEncoderPipeline:
     def _run_encoder(self, hidden: HiddenBatch, layers: Layers = None) -> EncoderOutput:
         """Apply the encoder up to the highest of ``layers``."""
         return encoder.run_encoder(self._encoder, hidden, layers)
+
+    @torch.inference_mode()
+    def _run_ctc_head(self, output: EncoderOutput) -> Tensor:
+        """Apply the CTC head, as ``Wav2Vec2BertForCTC`` does.
+
+        :returns: (N, S, vocabulary), zeros on padding.
+        :raises ArgumentError: if the model has no CTC head.
+        """
+        return encoder.zero_padding(
+            self._ctc_head()(output.last_hidden_state), output.lengths
+        )
+
+    def _ctc_head(self) -> CTCHead:
+        head = getattr(self.module, "ctc_head", None)
+        if isinstance(head, CTCHead):
+            return head
+
+        raise ArgumentError(
+            "This model has no CTC head; load a folder that Wav2Vec2BertForCTC saved."
+        )
+
+    def transcribe(
+        self,
+        inputs: AudioInput | Sequence[AudioInput],
+        *,
+        sampling_rate: int | None = None,
+    ) -> list[str]:
+        """Run a fine-tuned model over ``inputs`` and decode greedily to text.
+
+        :raises ArgumentError: if the model has no CTC head or its folder no tokenizer.
+        :raises AudioError: if an input has no embedding.
+        """
+        head = self._ctc_head()
+        output = self(inputs, sampling_rate=sampling_rate)
+        tokens = self.logits(output).argmax(dim=-1)
+        lengths = output.lengths.tolist()
+
+        return head.decode(
+            [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+        )
 
     # -- one list --------------------------------------------------------------------
 

@@ -90,6 +90,32 @@ _TABLES: Final = {
     "transformers": (_TRANSFORMERS_TOP, _TRANSFORMERS_BLOCK),
 }
 
+_TO_TRANSFORMERS_TOP: Final = {
+    ours: theirs for theirs, ours in _TRANSFORMERS_TOP.items()
+}
+_TO_TRANSFORMERS_BLOCK: Final = {
+    ours: theirs for theirs, ours in _TRANSFORMERS_BLOCK.items()
+}
+
+_SPEECH_ENCODERS: Final = (
+    # Where the models that hold a W2v-BERT 2.0 keep it: their prefix, and what stands
+    # for it in a checkpoint of the encoder alone. What follows the blocks (a last
+    # LayerNorm, projections, the adaptor) is no part of it and matches nothing here.
+    # seamless_communication's UnitY, under fairseq2's names:
+    (re.compile(r"^speech_encoder_frontend\."), "encoder_frontend."),
+    (re.compile(r"^speech_encoder\.inner\.(?=layers\.)"), "encoder."),
+    # Transformers' SeamlessM4Tv2:
+    (re.compile(r"^speech_encoder\.(?=feature_projection\.|encoder\.layers\.)"), ""),
+    # UnitY as fairseq trained it, in each of its three nestings:
+    (
+        re.compile(
+            r"^(s2t_model\.encoder|speech_encoder|encoder)\.w2v_encoder\.w2v_model\."
+            r"(?!encoder\.layer_norm\.)"
+        ),
+        "",
+    ),
+)
+
 _BLOCK_NAME: Final = re.compile(r"^(encoder\.layers\.\d+\.)(.+)$")
 
 
@@ -121,6 +147,38 @@ def fairseq2_name(name: str, format_: Format) -> str:
         return prefix + _rename(rest, block)
 
     return _rename(name, top)
+
+
+def transformers_name(name: str) -> str:
+    """Return ``Wav2Vec2BertModel``'s name for fairseq2's ``name``, which has to be one
+    of the encoder's or the mask embedding's; the inverse of :func:`fairseq2_name`."""
+    if match := _BLOCK_NAME.match(name):
+        prefix, rest = match.groups()
+        return prefix + _rename(rest, _TO_TRANSFORMERS_BLOCK)
+
+    return _rename(name, _TO_TRANSFORMERS_TOP)
+
+
+def to_transformers_names(state_dict: Mapping[str, T]) -> dict[str, T]:
+    """Rename fairseq2's tensors of an encoder, and of the mask embedding if it is
+    among them, to ``Wav2Vec2BertModel``'s names."""
+    return {transformers_name(name): tensor for name, tensor in state_dict.items()}
+
+
+def speech_encoder_names(names: Iterable[str]) -> dict[str, str]:
+    """Find the speech encoder in a UnitY or SeamlessM4T v2 model.
+
+    :returns: the names in ``names`` that are of its speech encoder, each with the name
+        that the tensor has in a checkpoint of the encoder alone, in the same format.
+    """
+    found = {}
+
+    for name in names:
+        for prefix, replacement in _SPEECH_ENCODERS:
+            if prefix.match(name):
+                found[name] = prefix.sub(replacement, name)
+
+    return found
 
 
 def _rename(name: str, table: Mapping[str, str]) -> str:

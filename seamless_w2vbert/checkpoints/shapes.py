@@ -74,8 +74,8 @@ def architecture_of(
     kernel_size = _shape(tensors, _DEPTHWISE_CONV, 3, path)[2]
     feature_dim = _shape(tensors, _MODEL_DIM_PROJ, 2, path)[1]
 
-    left = int(config.get("left_max_position_embeddings", 64))
-    right = int(config.get("right_max_position_embeddings", 8))
+    left = _count(config, "left_max_position_embeddings", 64, path)
+    right = _count(config, "right_max_position_embeddings", 8, path)
 
     if num_positions != left + 1 + right:
         raise CheckpointError(
@@ -133,6 +133,15 @@ def check(
             f"{path}: is not a whole W2v-BERT 2.0 encoder: "
             f"{'; '.join(problems[:5])}{more}."
         )
+
+
+def _count(config: Mapping[str, Any], key: str, default: int, path: Path) -> int:
+    value = config.get(key, default)
+
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(f"{path}: config.json sets {key} to {value!r}.")
+
+    return value
 
 
 def _num_layers(tensors: Mapping[str, Tensor]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from seamless_w2vbert import __version__
-from seamless_w2vbert.cli import doctor, embed
+from seamless_w2vbert.cli import compare, doctor, embed
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def _root(
 
 
 app.command("embed")(embed.embed)
+app.command("compare")(compare.compare)
 app.command("doctor")(doctor.doctor)
 
 

@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from seamless_w2vbert.cli import options
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class DType(str, Enum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class Pool(str, Enum):
@@ -35,13 +29,7 @@ def embed(
     audio: Annotated[
         list[str], typer.Argument(help="Audio files; - reads paths from stdin.")
     ],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="conformer_shaw (the published model), tiny-random (untrained, "
-            "offline), a checkpoint file, or a Transformers folder."
-        ),
-    ] = "tiny-random",
+    model: options.Model = options.DEFAULT_MODEL,
     layers: Annotated[
         str,
         typer.Option(
@@ -49,8 +37,8 @@ def embed(
             "hidden_states[17]; 0 the frontend's output."
         ),
     ] = "-1",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[DType, typer.Option(help="Of the model.")] = DType.float32,
+    device: options.Device = "cpu",
+    dtype: options.DTypeOption = options.DType.float32,
     pool: Annotated[
         Pool | None, typer.Option(help="One vector per file, over its frames.")
     ] = None,
@@ -66,7 +54,7 @@ def embed(
     Bad files are named on stderr and the rest embedded; the exit code is then 1.
     """
     numbers = _parse_layers(layers)
-    paths = list(_read_paths(audio))
+    paths = options.read_paths(audio)
     _check_output(output, len(paths), len(numbers))
 
     import torch
@@ -74,7 +62,7 @@ def embed(
     from seamless_w2vbert.pipeline import SpeechEncoderPipeline
 
     pipeline = SpeechEncoderPipeline.from_pretrained(
-        model, device=_device(device), dtype=getattr(torch, dtype.value)
+        model, device=options.parse_device(device), dtype=getattr(torch, dtype.value)
     )
 
     arrays: dict[str, Tensor] = {}
@@ -115,18 +103,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _read_paths(audio: list[str]) -> Iterator[str]:
-    for path in audio:
-        if path == "-":
-            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
-        else:
-            yield path
-
-
 def _check_output(output: Path | None, num_files: int, num_layers: int) -> None:
-    if num_files == 0:
-        raise ArgumentError("There is no audio file to embed.")
-
     if output is None:
         return
 
@@ -141,25 +118,6 @@ def _check_output(output: Path | None, num_files: int, num_layers: int) -> None:
 
     if not output.parent.is_dir():
         raise ArgumentError(f"--output {output}: there is no folder {output.parent}.")
-
-
-def _device(text: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise ArgumentError(
-            f"--device {text!r} is no device; try cpu or cuda."
-        ) from None
-
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(
-            f"--device {text}: torch sees no CUDA device; `seamless-w2vbert doctor` "
-            "says more."
-        )
-
-    return device
 
 
 def _row(

@@ -45,6 +45,7 @@ from torch.nn import Module, ModuleList
 
 from seamless_w2vbert.architecture import TINY, Architecture, PretrainingHeads
 from seamless_w2vbert.checkpoints.names import to_fairseq2_names
+from seamless_w2vbert.errors import StackError
 from seamless_w2vbert.stack.protocol import (
     CardCheckpoint,
     SpeechEncoder,
@@ -274,6 +275,14 @@ get_conformer_shaw_model_hub = ModelHubAccessor(
 )
 """Returns the hub of the family: fairseq2's own way to its configurations and
 checkpoints."""
+
+
+def load_with_seamless(name: str, device: torch.device, dtype: torch.dtype) -> Module:
+    raise StackError(
+        "seamless_communication runs on fairseq2 0.2 alone; install it in an "
+        "environment of its own, with `pip install 'seamless_w2vbert[seamless]'` "
+        "and as its project page says."
+    )
 
 
 def find_card(card: object) -> CardCheckpoint | None:

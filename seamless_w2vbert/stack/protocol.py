@@ -63,6 +63,16 @@ class Stack(Protocol):
         ``Wav2Vec2Model`` where ``architecture.pretraining`` is given, else a module
         with ``encoder_frontend`` and ``encoder`` alone."""
 
+    def load_with_seamless(
+        self, name: str, device: torch.device, dtype: torch.dtype
+    ) -> Module:
+        """Load a card or a checkpoint file of the 600m architecture with
+        seamless_communication's own loader.
+
+        :raises StackError: where seamless_communication cannot be imported.
+        :raises CheckpointError: where it cannot load the checkpoint.
+        """
+
     def find_card(self, card: object) -> CardCheckpoint | None:
         """Look an asset card up by name (or take an ``AssetCard``), download its
         checkpoint if need be, and return None where no such card exists."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from fairseq2.assets import AssetCard, AssetNotFoundError, asset_store, download_manager
@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from seamless_w2vbert.architecture import Architecture
+from seamless_w2vbert.errors import CheckpointError, StackError
 from seamless_w2vbert.stack.protocol import (
     CardCheckpoint,
     SpeechEncoder,
@@ -228,6 +229,35 @@ def build_model(architecture: Architecture) -> Module:
 
 
 # -- fairseq2's registries -----------------------------------------------------------
+
+
+def load_with_seamless(name: str, device: torch.device, dtype: torch.dtype) -> Module:
+    if seamless_conformer_shaw is None:
+        raise StackError(
+            "seamless_communication cannot be imported here; its project page says how "
+            "to install it."
+        )
+
+    card: Any = name
+
+    if Path(name).exists():
+        card = AssetCard(
+            {
+                "name": Path(name).name,
+                "model_type": "wav2vec2",
+                "model_arch": "conformer_shaw_600m",
+                "checkpoint": Path(name).resolve().as_uri(),
+            }
+        )
+
+    try:
+        return seamless_conformer_shaw.load_conformer_shaw_model(
+            card, device=device, dtype=dtype
+        )
+    except Exception as ex:
+        raise CheckpointError(
+            f"{name}: seamless_communication cannot load it: {ex}"
+        ) from None
 
 
 def find_card(card: object) -> CardCheckpoint | None:

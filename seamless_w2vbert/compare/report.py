@@ -1,0 +1,303 @@
+"""A :class:`Comparison` -> one HTML page that needs nothing but itself.
+
+Comes in: a comparison. Goes out: the page as text: the sentence, the pictures as inline
+PNG, the table. It reads on a phone and on paper, and asks no network for anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from seamless_w2vbert.compare import Comparison, Example, StageResult
+from seamless_w2vbert.constants import (
+    FBANK_SHIFT,
+    FBANK_STRIDE,
+    NUM_MEL_BINS,
+    SAMPLING_RATE,
+)
+
+_BLUE, _RED, _GREY = "#1f5fa8", "#b3261e", "#6b7280"
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 68rem; padding: 1rem; color: #1b1f24;
+  background: #fff; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.5rem; margin: .5rem 0; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+.verdict { border-left: .4rem solid; padding: .6rem 1rem; margin: 1rem 0; }
+.passed { border-color: #1a7f37; background: #eaf6ec; }
+.failed { border-color: #b3261e; background: #fdecea; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem;
+  margin: 0; }
+dt { color: #6b7280; } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; } img { display: block; width: 100%; height: auto; }
+figcaption { color: #6b7280; font-size: .875rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .8125rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid #e3e6ea; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: #fff; }
+tr.differs td { background: #fdecea; font-weight: 600; }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; }
+  .scroll { overflow: visible; } table { font-size: 7pt; }
+  th, td { padding: .1rem .25rem; white-space: normal; }
+  figure, .verdict { break-inside: avoid; } }
+"""
+
+
+def render(comparison: Comparison) -> str:
+    """Return the page.
+
+    :raises ImportError: if matplotlib (the ``report`` extra) is not installed.
+    """
+    state = "passed" if comparison.passed else "failed"
+    title = f"{comparison.model} against {comparison.against}"
+
+    figures = [
+        _figure(
+            "Difference per stage",
+            "Largest difference relative to the signal, on a log scale: each side with "
+            "its own input, and both with the same input. Short lines are tolerances.",
+            _draw_stages,
+            comparison.stages,
+        )
+    ]
+
+    if comparison.example is not None:
+        name = comparison.example.file
+        figures += [
+            _figure(
+                "Filter banks",
+                f"Standardised fbank of {name} on the first side, and the difference "
+                "to the second.",
+                _draw_fbanks,
+                comparison.example,
+            ),
+            _figure(
+                "Agreement over time",
+                f"The waveform of {name}, and the cosine of the two outputs frame by "
+                "frame.",
+                _draw_cosine,
+                comparison.example,
+            ),
+        ]
+
+    facts = {
+        "Files": ", ".join(comparison.files),
+        "Model dtype": comparison.dtype,
+        "Versions": ", ".join(f"{n} {v}" for n, v in comparison.versions.items()),
+    }
+    terms = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>"
+        for key, value in facts.items()
+    )
+
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+<p class="verdict {state}">{escape(comparison.sentence)}</p>
+<dl>{terms}</dl>
+{"".join(figures)}
+<h2>Every stage</h2>
+{_table(comparison.stages)}
+</body>
+</html>
+"""
+
+
+# -- table ---------------------------------------------------------------------------
+
+_HEADINGS = (
+    "stage",
+    "verdict",
+    "largest",
+    "mean",
+    "cosine",
+    "worst cosine",
+    "same input: largest",
+    "same input: mean",
+    "largest at",
+)
+
+
+def _table(stages: tuple[StageResult, ...]) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading in _HEADINGS)
+    rows = []
+
+    for stage in stages:
+        css = "" if stage.passed else ' class="differs"'
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in _cells(stage))
+        rows.append(f"<tr{css}>{cells}</tr>")
+
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _cells(stage: StageResult) -> tuple[str, ...]:
+    own, same, place = stage.own, stage.same, stage.own.worst
+
+    if own.shape_mismatch is not None:
+        where = own.shape_mismatch
+    elif place is None or own.max_abs == 0:
+        where = ""
+    else:
+        where = (
+            f"{place.file}, frame {place.frame} ({place.seconds:.2f} s), "
+            f"dim {place.dimension}"
+        )
+
+    return (
+        stage.stage,
+        "ok" if stage.passed else "differs",
+        f"{own.max_relative:.1e}",
+        f"{own.mean_relative:.1e}",
+        f"{own.cosine_mean:.6f}",
+        f"{own.cosine_worst:.6f}",
+        "" if same is None else f"{same.max_relative:.1e}",
+        "" if same is None else f"{same.mean_relative:.1e}",
+        where,
+    )
+
+
+# -- pictures ------------------------------------------------------------------------
+
+
+def _figure(
+    heading: str, caption: str, draw: Callable[[Any, Any], None], what: Any
+) -> str:
+    # The object interface: no window system, and no state shared with the caller's.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), dpi=180, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure, what)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    picture = base64.b64encode(buffer.getvalue()).decode("ascii")
+
+    return (
+        f"<figure><h2>{escape(heading)}</h2>"
+        f'<img alt="{escape(caption)}" src="data:image/png;base64,{picture}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _draw_stages(figure: Any, stages: tuple[StageResult, ...]) -> None:
+    axes = figure.subplots()
+    positions = np.arange(len(stages))
+    floor = 1e-9
+
+    own = [max(_bounded(stage.own.max_relative), floor) for stage in stages]
+    axes.plot(positions, own, "o-", color=_BLUE, label="own input")
+    axes.plot(
+        positions,
+        [stage.own_tolerance.max for stage in stages],
+        "_",
+        color=_BLUE,
+        markersize=12,
+    )
+
+    same = [
+        (n, _bounded(stage.same.max_relative), stage.same_tolerance.max)
+        for n, stage in enumerate(stages)
+        if stage.same is not None and stage.same_tolerance is not None
+    ]
+    if same:
+        at, values, limits = zip(*same, strict=True)
+        heights = [max(value, floor) for value in values]
+        axes.plot(at, heights, "s--", color=_GREY, label="same input")
+        axes.plot(at, limits, "_", color=_GREY, markersize=12)
+
+    failed = [n for n, stage in enumerate(stages) if not stage.passed]
+    axes.plot(
+        failed,
+        [own[n] for n in failed],
+        "o",
+        color=_RED,
+        markersize=9,
+        label="out of tolerance" if failed else None,
+    )
+
+    axes.set_yscale("log")
+    axes.set_ylim(floor / 2, max(10.0, max(own) * 3))
+    axes.set_xticks(
+        positions,
+        [stage.stage.removeprefix("layer ") for stage in stages],
+        rotation=60 if len(stages) > 12 else 0,
+    )
+    axes.set_xlabel("stage (a number is a layer)")
+    axes.set_ylabel("relative difference")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_fbanks(figure: Any, example: Example) -> None:
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    seconds = len(example.fbank) * FBANK_SHIFT / SAMPLING_RATE
+    shown = (
+        (upper, example.fbank, "viridis", "fbank"),
+        (lower, example.fbank_difference, "RdBu", "difference"),
+    )
+
+    for axes, values, colours, name in shown:
+        array = np.nan_to_num(values.numpy()).T
+        limit = float(np.abs(array).max()) if array.size else 0.0
+        limits = {"vmin": -(limit or 1.0), "vmax": limit or 1.0}
+        image = axes.imshow(
+            array,
+            aspect="auto",
+            origin="lower",
+            cmap=colours,
+            extent=(0, seconds, 0, NUM_MEL_BINS),
+            interpolation="nearest",
+            **(limits if name == "difference" else {}),
+        )
+        axes.set_ylabel("mel bin")
+        axes.set_title(name, loc="left", fontsize="medium")
+        figure.colorbar(image, ax=axes)
+
+    lower.set_xlabel("seconds")
+
+
+def _draw_cosine(figure: Any, example: Example) -> None:
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    samples = example.samples.numpy()
+    upper.plot(
+        np.arange(len(samples)) / SAMPLING_RATE, samples, color=_GREY, linewidth=0.5
+    )
+    upper.set_ylabel("waveform")
+
+    shift = FBANK_STRIDE * FBANK_SHIFT / SAMPLING_RATE
+    lower.plot(
+        np.arange(len(example.cosine)) * shift, example.cosine.numpy(), color=_BLUE
+    )
+    lower.set_ylabel("cosine")
+    lower.set_xlabel("seconds")
+    lower.grid(alpha=0.3)
+    lower.ticklabel_format(axis="y", useOffset=False)
+
+
+def _bounded(value: float) -> float:
+    return value if value < 1e6 else 1e6

@@ -36,6 +36,17 @@ _MAX_ABS_SAMPLE = 1e10
 
 _MAX_CHANNELS = 1024
 
+_MAX_FRAMES = 2**40
+"""More samples than this no file has: libsndfile says so where it cannot know."""
+
+_SIGNS_OF_TRUNCATION = (
+    "does not match value from 'ds64'",  # RF64
+    "Last page lacks an end-of-stream bit",  # Ogg
+    "Junk after the last page",  # Ogg, cut within its last page
+    "Seems to be a truncated file",  # VOC
+)
+"""What libsndfile logs, and goes on, where a file ends early."""
+
 
 @dataclass(frozen=True)
 class Waveform:
@@ -57,6 +68,14 @@ class Waveform:
     def duration(self) -> float:
         """The length in seconds."""
         return len(self.samples) / SAMPLING_RATE
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The bytes of an audio file that can be read only once, such as a pipe."""
+
+    data: bytes
+    source: str
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,7 @@ def decode(audio: AudioInput, *, sampling_rate: int | None = None) -> Waveform:
     if isinstance(audio, (np.ndarray, Tensor)):
         source = f"<{'tensor' if isinstance(audio, Tensor) else 'array'}>"
         channels = _channels_of_array(audio, source)
-        rate = SAMPLING_RATE if sampling_rate is None else sampling_rate
+        rate = _check_rate(sampling_rate, source)
     else:
         data, source = _read(audio)
         if sampling_rate is not None:
@@ -112,7 +131,7 @@ def decode(audio: AudioInput, *, sampling_rate: int | None = None) -> Waveform:
     return Waveform(
         samples=torch.from_numpy(_resample(mono, rate, source)),
         source=source,
-        original_sampling_rate=int(rate),
+        original_sampling_rate=rate,
         original_channels=len(channels),
     )
 
@@ -125,8 +144,11 @@ def inspect(audio: AudioInput, *, sampling_rate: int | None = None) -> AudioInfo
     if isinstance(audio, Waveform):
         return AudioInfo(len(audio.samples), SAMPLING_RATE, 1)
 
+    if sampling_rate is not None:
+        sampling_rate = _check_rate(sampling_rate, name_of(audio))
+
     if isinstance(audio, (np.ndarray, Tensor)):
-        rate = SAMPLING_RATE if sampling_rate is None else sampling_rate
+        rate = _check_rate(sampling_rate, name_of(audio))
         channels = 1 if audio.ndim < 2 else int(audio.shape[0])
         length = int(audio.shape[-1]) if audio.ndim else 0
         return AudioInfo(_resampled_length(length, rate), rate, channels)
@@ -145,8 +167,24 @@ def inspect(audio: AudioInput, *, sampling_rate: int | None = None) -> AudioInfo
                 file.samplerate,
                 file.channels,
             )
-    except (soundfile.LibsndfileError, OSError) as ex:
+    except (soundfile.LibsndfileError, OSError, TypeError) as ex:
         raise _cannot_decode(source, ex) from None
+
+
+def rereadable(audio: Any) -> Any:
+    """Return ``audio`` in a form that can be read twice: file objects, pipes and
+    devices become their bytes, with their name; anything else stays.
+
+    :raises AudioError: if it cannot be read.
+    """
+    is_path = isinstance(audio, (str, os.PathLike))
+
+    if hasattr(audio, "read") or (
+        is_path and os.path.exists(audio) and not os.path.isfile(audio)
+    ):
+        return Encoded(*_read(audio))
+
+    return audio
 
 
 def is_array(audio: AudioInput) -> bool:
@@ -156,10 +194,10 @@ def is_array(audio: AudioInput) -> bool:
 
 def name_of(audio: AudioInput) -> str:
     """Return what messages call ``audio``: its path, or the kind of object it is."""
-    if isinstance(audio, Waveform):
+    if isinstance(audio, (Waveform, Encoded)):
         return audio.source
     if isinstance(audio, (str, os.PathLike)):
-        return os.fspath(audio)
+        return os.fsdecode(audio)
     if isinstance(audio, Tensor):
         return "<tensor>"
     if isinstance(audio, np.ndarray):
@@ -176,12 +214,17 @@ def name_of(audio: AudioInput) -> str:
 def _read(audio: Any) -> tuple[bytes, str]:
     source = name_of(audio)
 
-    if isinstance(audio, (str, os.PathLike)):
+    if isinstance(audio, Encoded):
+        data = audio.data
+    elif isinstance(audio, (str, os.PathLike)):
         data = _read_path(source)
     elif isinstance(audio, (bytes, bytearray, memoryview)):
         data = bytes(audio)
     elif hasattr(audio, "read"):
-        data = audio.read()
+        try:
+            data = audio.read()
+        except (OSError, ValueError) as ex:
+            raise AudioError(f"{source}: cannot be read: {ex}.") from None
         if not isinstance(data, bytes):
             raise AudioError(
                 f"{source}: reading it gave {type(data).__name__}, not bytes; open "
@@ -200,6 +243,9 @@ def _read(audio: Any) -> tuple[bytes, str]:
 
 
 def _read_path(path: str) -> bytes:
+    if not path:
+        raise AudioError("'' is no path: the name of an audio file is empty.")
+
     clip = None if os.path.exists(path) else _ARCHIVE_CLIP.match(path)
 
     try:
@@ -255,14 +301,22 @@ def _check_container(data: bytes, source: str) -> None:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             frames, log = file.frames, file.extra_info
             seconds = frames / file.samplerate
+            if frames > _MAX_FRAMES:
+                raise AudioError(
+                    f"{source}: its header does not say how long it is, as that of a "
+                    "stream; write it anew, for example with `ffmpeg -i IN OUT.flac`."
+                )
     except (soundfile.LibsndfileError, OSError) as ex:
         raise _cannot_decode(source, ex) from None
 
     # libsndfile logs "data : 64000 (should be 32000)" where a header claims more
     # bytes than follow. Streamed files claim the largest size there is.
-    for claimed in re.findall(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be", log):
-        if int(claimed) < 0x7FFF_0000:
-            raise _truncated(source, seconds)
+    claims = re.findall(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be", log)
+
+    if any(int(claimed) < 0x7FFF_0000 for claimed in claims) or any(
+        sign in log for sign in _SIGNS_OF_TRUNCATION
+    ):
+        raise _truncated(source, seconds)
 
 
 def _truncated(source: str, seconds: float) -> AudioError:
@@ -273,7 +327,11 @@ def _truncated(source: str, seconds: float) -> AudioError:
 
 
 def _cannot_decode(source: str, ex: Exception) -> AudioError:
-    reason = str(ex.__cause__ or ex).strip().splitlines()[-1].rstrip(".")
+    # fairseq2 nests the cause; its own message and a stack trace stand around it.
+    lines = [line.strip() for line in str(ex.__cause__ or ex).splitlines()]
+    reason = next((line for line in lines if line), type(ex).__name__)
+    reason = re.sub(r"^Error opening <[^>]*>: |Please file a bug report\.", "", reason)
+    reason = reason.split("Exception raised from")[0].strip().rstrip(".")
     return AudioError(
         f"{source}: cannot be decoded as audio ({reason}); convert it to WAV or FLAC, "
         "for example with `ffmpeg -i IN OUT.flac`."
@@ -283,9 +341,17 @@ def _cannot_decode(source: str, ex: Exception) -> AudioError:
 def _channels_of_array(
     array: NDArray[Any] | Tensor, source: str
 ) -> NDArray[np.float32]:
-    if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        array = array.float().numpy() if array.is_floating_point() else array.numpy()
+    if isinstance(array, np.ma.MaskedArray):
+        raise AudioError(f"{source}: is a masked array; fill it first.")
+
+    try:
+        if isinstance(array, Tensor):
+            array = array.detach().cpu().resolve_conj().resolve_neg()
+            array = array.float() if array.is_floating_point() else array
+            array = array.numpy()
+        array = np.asarray(array)
+    except (RuntimeError, TypeError, NotImplementedError) as ex:
+        raise AudioError(f"{source}: is not a plain array: {ex}.") from None
 
     if array.ndim not in (1, 2):
         raise AudioError(
@@ -308,13 +374,13 @@ def _channels_of_array(
     if channels.dtype == np.uint8:  # as in 8-bit WAV
         return np.asarray((channels - 128.0) / 128, dtype=np.float32)
 
-    if channels.dtype.kind == "i":
+    if channels.dtype.kind == "i" and channels.dtype.itemsize <= 4:
         full_scale = -float(np.iinfo(channels.dtype).min)
         return np.asarray(channels / full_scale, dtype=np.float32)
 
     raise AudioError(
         f"{source}: of dtype {channels.dtype} is not audio; expected floating-point "
-        "samples in [-1, 1], or signed integers."
+        "samples in [-1, 1], or integers of 8, 16 or 32 bits that fill their range."
     )
 
 
@@ -340,11 +406,7 @@ def _to_mono(channels: NDArray[np.float32], source: str) -> NDArray[np.float32]:
 
 
 def _resample(mono: NDArray[np.float32], rate: int, source: str) -> NDArray[np.float32]:
-    if not (100 <= rate <= 10_000_000 and rate == int(rate)):
-        raise AudioError(
-            f"{source}: a sampling rate of {rate} Hz is not one of audio; expected a "
-            "whole number of Hz such as 8000 or 48000."
-        )
+    rate = _check_rate(rate, source)
 
     if rate == SAMPLING_RATE or len(mono) == 0:
         return mono
@@ -354,6 +416,26 @@ def _resample(mono: NDArray[np.float32], rate: int, source: str) -> NDArray[np.f
     )
 
     return resampled
+
+
+def _check_rate(rate: Any, source: str) -> int:
+    """Return a sampling rate in Hz as an int; that of the model for None."""
+    if rate is None:
+        return SAMPLING_RATE
+
+    try:
+        whole = int(rate)
+        valid = not isinstance(rate, (str, bytes, bool)) and whole == rate
+    except (TypeError, ValueError, OverflowError):
+        whole, valid = 0, False
+
+    if not (valid and 100 <= whole <= 10_000_000):
+        raise AudioError(
+            f"{source}: a sampling rate of {rate!r} Hz is not one of audio; expected a "
+            "whole number of Hz such as 8000 or 48000."
+        )
+
+    return whole
 
 
 def _resampled_length(samples: int, rate: float) -> int:

@@ -73,28 +73,45 @@ def pad(fbanks: Sequence[Tensor]) -> FbankBatch:
     by the encoder frontend, which stacks frames in pairs.
 
     :param fbanks: tensors of shape (frames, 80), at least two frames each.
-    :raises AudioError: if there is none, or one has another shape.
+    :raises AudioError: if there is none, or one has another shape or is not finite.
     """
     if not fbanks:
         raise AudioError("There is nothing to pad: the list of fbanks is empty.")
 
     for index, fbank in enumerate(fbanks):
-        if fbank.ndim != 2 or fbank.size(1) != NUM_MEL_BINS:
-            raise AudioError(
-                f"fbank {index} is of shape {tuple(fbank.shape)}; expected "
-                f"(frames, {NUM_MEL_BINS})."
-            )
-        if fbank.size(0) < FBANK_STRIDE:
-            raise AudioError(
-                f"fbank {index} has {fbank.size(0)} frames; one encoder frame takes "
-                f"{FBANK_STRIDE}."
-            )
+        check_fbank(fbank, f"fbank {index}")
 
     data = _collater()(list(fbanks))
 
     return FbankBatch(
         data["seqs"], torch.as_tensor(data["seq_lens"], dtype=torch.int64)
     )
+
+
+def check_fbank(fbank: Tensor, name: str) -> Tensor:
+    """Return ``fbank`` if it can be embedded.
+
+    :raises AudioError: if it is not (frames, 80), too short, or not finite.
+    """
+    if (
+        not isinstance(fbank, Tensor)
+        or fbank.ndim != 2
+        or fbank.size(1) != NUM_MEL_BINS
+    ):
+        shape = getattr(fbank, "shape", None)
+        what = type(fbank).__name__ if shape is None else f"of shape {tuple(shape)}"
+        raise AudioError(f"{name}: is {what}; expected (frames, {NUM_MEL_BINS}).")
+
+    if fbank.size(0) < FBANK_STRIDE:
+        raise AudioError(
+            f"{name}: has {fbank.size(0)} fbank frames; one encoder frame takes "
+            f"{FBANK_STRIDE}."
+        )
+
+    if not bool(fbank.isfinite().all()):
+        raise AudioError(f"{name}: has fbank values that are NaN or infinite.")
+
+    return fbank
 
 
 def plan_batches(

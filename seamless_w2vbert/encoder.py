@@ -9,9 +9,10 @@ output, k the output of block k. So layer 17 is the output of block 17, the 18th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from seamless_w2vbert import stack
 from seamless_w2vbert.batch import FbankBatch, HiddenBatch
-from seamless_w2vbert.errors import ArgumentError
+from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 Layers: TypeAlias = int | Iterable[int] | None
 """Layer numbers; None is the encoder's own output alone."""
@@ -104,14 +105,21 @@ def resolve_layers(layers: Iterable[int] | int, num_layers: int) -> tuple[int, .
 
     :raises ArgumentError: if a number is out of range, or none is given.
     """
-    if isinstance(layers, int):
-        layers = (layers,)
+    try:
+        several: Iterable[Any] = (operator.index(layers),)  # type: ignore[arg-type]
+    except TypeError:
+        plain = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes))
+        several = layers if plain else (layers,)  # type: ignore[assignment]
 
     resolved = set()
 
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise ArgumentError(f"Layer {layer!r} is not a whole number.")
+    for given in several:
+        try:
+            if isinstance(given, bool):
+                raise TypeError
+            layer = operator.index(given)
+        except TypeError:
+            raise ArgumentError(f"Layer {given!r} is not a whole number.") from None
         if not -num_layers - 1 <= layer <= num_layers:
             raise ArgumentError(
                 f"Layer {layer} does not exist: this encoder has layers 0 (the "
@@ -149,7 +157,9 @@ def run_encoder(
     layered = _layered(encoder)
 
     if layers is None and layered is not encoder:
-        return EncoderOutput({}, lengths, _run_unpadded(encoder, seqs, lengths))
+        final = _run_unpadded(encoder, seqs, lengths)
+        _check_finite(final[0])
+        return EncoderOutput({}, lengths, final)
 
     if layered is None:
         raise ArgumentError(
@@ -169,6 +179,8 @@ def run_encoder(
             if number == wanted[-1]:
                 break
 
+    _check_finite(found[wanted[-1]])
+
     if wanted[-1] < num_layers or layered is not encoder:
         return EncoderOutput(found, lengths, None)
 
@@ -177,6 +189,16 @@ def run_encoder(
     last = found[num_layers] if norm is None else zero_padding(norm(seqs), lengths)
 
     return EncoderOutput(found if layers is not None else {}, lengths, (last, lengths))
+
+
+def _check_finite(seqs: Tensor) -> None:
+    """Refuse to hand out NaN: the input was finite, so the weights are to blame."""
+    if not bool(seqs.isfinite().all()):
+        raise SeamlessW2vBertError(
+            "The encoder's output is not finite, although its input is: the weights "
+            f"hold NaN or infinity, or {str(seqs.dtype).removeprefix('torch.')} is too "
+            "narrow for this model; check the checkpoint, or try float32."
+        )
 
 
 def _run_unpadded(

@@ -49,7 +49,15 @@ def fbank(waveform: Waveform) -> Tensor:
     :raises AudioError: if the waveform is shorter than two frames (35 ms), the
         shortest that has an embedding.
     """
-    num_samples = len(waveform.samples)
+    samples = waveform.samples.detach().to("cpu", torch.float32)
+
+    if samples.ndim != 1 or not bool(samples.isfinite().all()):
+        raise AudioError(
+            f"{waveform.source}: its samples are of shape {tuple(samples.shape)} or "
+            "not all finite; expected (samples,) of finite numbers."
+        )
+
+    num_samples = len(samples)
 
     if num_samples < MIN_SAMPLES:
         raise AudioError(
@@ -59,7 +67,7 @@ def fbank(waveform: Waveform) -> Tensor:
         )
 
     features: Tensor = _converter()(
-        {"waveform": waveform.samples.unsqueeze(-1), "sample_rate": SAMPLING_RATE}
+        {"waveform": samples.unsqueeze(-1), "sample_rate": SAMPLING_RATE}
     )["fbank"]
 
     # A constant bin has no standard deviation to be divided by.

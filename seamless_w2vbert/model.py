@@ -32,6 +32,10 @@ CONFORMER_SHAW = "conformer_shaw"
 """The published W2v-BERT 2.0."""
 
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What a model can be computed in."""
+
+
 class UntrainedModelWarning(UserWarning):
     """The model's weights are random: its embeddings mean nothing."""
 
@@ -62,12 +66,15 @@ def load_conformer_shaw_model(
     :raises CheckpointError: if there is no such checkpoint, or it is damaged, unsafe
         or of another architecture; the message names the file and the tensor.
     """
-    if not dtype.is_floating_point:
-        raise ArgumentError(f"A model cannot be of dtype {dtype}.")
+    device = check_device(device)
 
-    device = torch.device(device)
+    if dtype not in DTYPES:
+        raise ArgumentError(
+            f"A model cannot be of dtype {dtype}; expected one of "
+            f"{', '.join(map(str, DTYPES))}."
+        )
 
-    if model_name_or_card == TINY_RANDOM:
+    if isinstance(model_name_or_card, str) and model_name_or_card == TINY_RANDOM:
         warnings.warn(
             "tiny-random is untrained: its embeddings are of the right kind and mean "
             "nothing. Pass a real model, such as conformer_shaw, for real ones.",
@@ -80,7 +87,12 @@ def load_conformer_shaw_model(
 
     checkpoint = _open(model_name_or_card)
     tensors = dict(checkpoint.tensors)
-    model = stack.load().build_model(checkpoint.architecture)
+    try:
+        model = stack.load().build_model(checkpoint.architecture)
+    except (RuntimeError, ValueError, OverflowError) as ex:
+        raise CheckpointError(
+            f"{checkpoint.path}: no model has its sizes: {ex}"
+        ) from None
 
     if checkpoint.format == "transformers":
         tensors = _attach_heads(model, checkpoint)
@@ -96,11 +108,31 @@ def load_conformer_shaw_model(
     return _assign(model, tensors, device, dtype)
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """Return the device if this torch can compute on it here.
+
+    :raises ArgumentError: if it cannot.
+    """
+    try:
+        checked = torch.device(device)
+        if checked.type == "meta":
+            raise ValueError("the meta device computes nothing")
+        torch.empty(0, device=checked)
+    except (RuntimeError, TypeError, ValueError, AssertionError, ImportError) as ex:
+        reason = str(ex).strip().splitlines()[0] if str(ex).strip() else repr(ex)
+        raise ArgumentError(
+            f"Device {device!r} cannot be used here: {reason.rstrip('.')}; try cpu or "
+            "cuda."
+        ) from None
+
+    return checked
+
+
 def _open(name: str | os.PathLike[str] | object) -> Checkpoint:
     if isinstance(name, (str, os.PathLike)) and os.path.exists(name):
         return read_checkpoint(Path(name))
 
-    if name == CONFORMER_SHAW:
+    if isinstance(name, str) and name == CONFORMER_SHAW:
         return read_checkpoint(hub.download())
 
     if isinstance(name, os.PathLike):

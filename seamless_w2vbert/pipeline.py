@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -30,6 +31,9 @@ STAGES = ("decode", "fbank", "pad", "encoder_frontend", "encoder")
 DEFAULT_MAX_FRAMES = {"cpu": 6_000, "cuda": 48_000}
 """The padded fbank frames (10 ms) in one batch of a stream, by device: a minute of
 audio keeps two cores busy, eight minutes a GPU."""
+
+UNKNOWN_FRAMES = 3_000
+"""What a stream reckons with where a header does not tell the length: 30 s."""
 
 MIN_WINDOW = 144_000
 """The fbank frames (24 minutes of audio) that a stream sorts by length at a time."""
@@ -87,6 +91,11 @@ class SpeechEncoderPipeline:
             evaluation mode; its device and dtype are the pipeline's.
         :raises ArgumentError: if it has no such parts.
         """
+        if not isinstance(module, Module):
+            raise ArgumentError(
+                f"{module!r} is no module; for a name or path use from_pretrained()."
+            )
+
         self.module = module.eval()
         self._frontend = encoder.frontend_of(module)
         self._encoder = encoder.encoder_of(module)
@@ -214,16 +223,22 @@ class SpeechEncoderPipeline:
         if not isinstance(inputs, (list, tuple)):
             inputs = [inputs]  # type: ignore[list-item]
 
-        fbanks = [self.fbank(self._decode(item, sampling_rate)) for item in inputs]
+        fbanks = [self._fbank_of(item, sampling_rate)[0] for item in inputs]
 
         return self.encoder(self.encoder_frontend(self.pad(fbanks)), layers=layers)
 
-    def _decode(self, item: AudioInput, sampling_rate: int | None) -> Waveform:
+    def _fbank_of(
+        self, item: AudioInput, sampling_rate: int | None
+    ) -> tuple[Tensor, Waveform]:
         # The rate is that of arrays; a list may hold files beside them.
         if sampling_rate is None or not audio.is_array(item):
-            return self.decode(item)
+            waveform = self.decode(item)
+        else:
+            waveform = self.decode(item, sampling_rate=sampling_rate)
 
-        return self.decode(item, sampling_rate=sampling_rate)
+        name = getattr(waveform, "source", audio.name_of(item))
+
+        return batch.check_fbank(self.fbank(waveform), name), waveform
 
     # -- a stream --------------------------------------------------------------------
 
@@ -262,7 +277,7 @@ class SpeechEncoderPipeline:
         if on_error not in ("raise", "return"):
             raise ArgumentError(f"`on_error` is {on_error!r}, not 'raise' or 'return'.")
 
-        if isinstance(inputs, (str, bytes, os.PathLike)):
+        if _is_one_input(inputs):
             raise ArgumentError("`inputs` is one input; pass a list of them.")
 
         if layers is not None:
@@ -276,9 +291,30 @@ class SpeechEncoderPipeline:
         if num_workers is None:
             num_workers = min(4, os.cpu_count() or 1)
 
+        for name, value in (
+            ("max_frames", max_frames),
+            ("max_items", max_items),
+            ("num_workers", num_workers),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(
+                    f"`{name}` is {value!r}; expected a count from 1 on."
+                )
+
         return _Stream(self, layers, sampling_rate).run(
             inputs, max_frames, max_items, num_workers, on_error
         )
+
+
+def _is_one_input(inputs: Any) -> bool:
+    one = (str, bytes, bytearray, memoryview, os.PathLike, Waveform)
+
+    return (
+        isinstance(inputs, one)
+        or hasattr(inputs, "read")
+        or not isinstance(inputs, Iterable)
+        or (isinstance(inputs, (np.ndarray, Tensor)) and inputs.ndim < 2)
+    )
 
 
 @dataclass
@@ -366,6 +402,10 @@ class _Stream:
     def _measure(self, inputs: Iterable[Any]) -> Iterator[tuple[_Utterance, int]]:
         for index, given in enumerate(inputs):
             if isinstance(given, tuple):
+                if len(given) != 2:
+                    raise ArgumentError(
+                        f"Input {index} is a tuple of {len(given)}, not (id, audio)."
+                    )
                 utterance = _Utterance(index, str(given[0]), given[1])
             else:
                 name = audio.name_of(given)
@@ -373,13 +413,14 @@ class _Stream:
                 utterance = _Utterance(index, name if is_path else str(index), given)
 
             try:
+                utterance.audio = audio.rereadable(utterance.audio)
                 info = audio.inspect(
                     utterance.audio, sampling_rate=self._rate(utterance)
                 )
                 frames = fbank.num_frames(info.samples)
-            except SeamlessW2vBertError as ex:
-                utterance.error = ex
-                frames = 0
+            except SeamlessW2vBertError:
+                # Whether it is audio after all is for the decoder to say.
+                frames = UNKNOWN_FRAMES
 
             yield utterance, frames
 
@@ -395,18 +436,22 @@ class _Stream:
 
         try:
             for utterance in load.utterances:
-                if utterance.error is not None:
-                    continue
                 try:
-                    waveform = pipeline._decode(utterance.audio, self._sampling_rate)
+                    utterance.fbank, waveform = pipeline._fbank_of(
+                        utterance.audio, self._sampling_rate
+                    )
                     utterance.samples = len(waveform.samples)
-                    utterance.fbank = pipeline.fbank(waveform)
                 except SeamlessW2vBertError as ex:
                     utterance.error = ex
 
             fbanks = [u.fbank for u in load.utterances if u.fbank is not None]
             if fbanks:
                 load.fbanks = pipeline.pad(fbanks)
+                if not isinstance(load.fbanks, FbankBatch):
+                    raise ArgumentError(
+                        f"The stage `pad` returned {type(load.fbanks).__name__}, not "
+                        "FbankBatch."
+                    )
         except BaseException as ex:  # a replaced stage failed: raise it in the caller
             load.failure = ex
 

@@ -330,3 +330,69 @@ def test_the_header_tells_the_length_that_decoding_gives(
 
     assert abs(inspect(path).samples - len(decode(path).samples)) <= 1
     assert inspect(path.read_bytes()) == inspect(path)
+
+
+def test_integers_of_64_bits_are_refused_since_nothing_tells_their_range():
+    array = (tone(16000, 1)[:, 0] * 20000).astype(np.int64)
+    with pytest.raises(AudioError, match="int64 is not audio"):
+        decode(array)
+
+
+def test_masked_arrays_are_refused():
+    with pytest.raises(AudioError, match="masked array"):
+        decode(np.ma.masked_greater(np.zeros(800), 1))
+
+
+def test_lazily_negated_tensors_are_read_as_they_are():
+    imaginary = torch.linspace(-0.5, 0.5, 800)
+    lazy = torch.complex(torch.zeros(800), imaginary).conj().imag
+    torch.testing.assert_close(decode(lazy).samples, -imaginary)
+
+
+@pytest.mark.parametrize("rate", ["16000", [16000], 1j, True, float("nan")])
+def test_a_rate_that_is_no_number_is_refused(rate):
+    with pytest.raises(AudioError, match="sampling rate"):
+        decode(np.zeros(1600, dtype=np.float32), sampling_rate=rate)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "container", "subtype"),
+    [("wav", "RF64", "PCM_16"), ("ogg", "OGG", "VORBIS"), ("opus", "OGG", "OPUS")],
+)
+@pytest.mark.parametrize("fraction", [0.5, 0.99])
+def test_truncation_that_libsndfile_only_logs_is_refused(
+    tmp_path, suffix, container, subtype, fraction
+):
+    path = tmp_path / f"cut.{suffix}"
+    signal = tone(16000, 1, seconds=30)
+    soundfile.write(path, signal, 16000, format=container, subtype=subtype)
+    path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
+
+    with pytest.raises(AudioError, match=rf"cut\.{suffix}: truncated"):
+        decode(path)
+
+
+def test_a_flac_of_unknown_length_is_refused_with_a_way_out(tmp_path):
+    """As an encoder writes it to a pipe: the header's count of samples is zero."""
+    path = tmp_path / "piped.flac"
+    soundfile.write(path, tone(16000, 1), 16000)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0  # the 36-bit count in STREAMINFO
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+
+    with pytest.raises(
+        AudioError, match=r"does not say how long it is.*ffmpeg"
+    ) as error:
+        decode(path)
+    assert "\n" not in str(error.value)
+
+
+def test_messages_hold_no_stack_of_the_decoder(tmp_path):
+    path = tmp_path / "text.flac"
+    path.write_bytes(b"fLaC" + bytes(range(256)))
+    with pytest.raises(AudioError) as error:
+        decode(path)
+    assert "frame #" not in str(error.value)
+    assert "BytesIO" not in str(error.value)
+    assert "\n" not in str(error.value)

@@ -2,11 +2,17 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from reference import hidden_states_from_fbanks, relative_difference, transformers_twin
 
-from seamless_w2vbert import ArgumentError, SpeechEncoderPipeline, stack
+from seamless_w2vbert import (
+    ArgumentError,
+    SeamlessW2vBertError,
+    SpeechEncoderPipeline,
+    stack,
+)
 from seamless_w2vbert.batch import FbankBatch
 from seamless_w2vbert.stack.protocol import SpeechEncoder
 
@@ -225,3 +231,26 @@ def test_a_batch_moves_to_the_dtype_of_the_model(tiny, fbanks):
     batch = tiny.pad(fbanks)
     double = FbankBatch(batch.seqs.double(), batch.lengths)
     assert tiny.encoder_frontend(double).seqs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layers", [np.int64(2), torch.tensor(2), np.array([2]), {2}])
+def test_layers_may_be_any_whole_numbers(tiny, fbanks, layers):
+    assert list(run(tiny, fbanks[:1], layers=layers).hidden_states) == [2]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_give_an_error_and_no_embedding(fbanks, bad):
+    pipeline = SpeechEncoderPipeline.from_pretrained("tiny-random")
+    with torch.no_grad():
+        pipeline.module.encoder.layers[1].ffn1.inner_proj.weight[3, 5] = bad
+
+    assert run(pipeline, fbanks, layers=1).hidden_states[1].isfinite().all()
+    for layers in (2, None):
+        with pytest.raises(SeamlessW2vBertError, match="output is not finite"):
+            run(pipeline, fbanks, layers=layers)
+
+
+@pytest.mark.parametrize("thing", ["tiny-random", None, 3])
+def test_what_is_no_module_is_refused(thing):
+    with pytest.raises(ArgumentError, match="is no module"):
+        SpeechEncoderPipeline(thing)

@@ -81,3 +81,11 @@ def test_the_scale_of_a_recording_does_not_matter():
     samples = noise(8000)
     loud, quiet = fbank(decode(samples)), fbank(decode(samples * 0.01))
     torch.testing.assert_close(loud, quiet, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_waveform_that_is_not_finite_is_not_taken_for_silence(bad):
+    waveform = decode(noise(8000))
+    waveform.samples[5] = bad
+    with pytest.raises(AudioError, match="not all finite"):
+        fbank(waveform)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from command import peak_of_loading
 from reference import (
     SPEECH,
     hidden_states_from_audio,
@@ -227,8 +228,6 @@ def test_at_full_size_every_layer_is_that_of_transformers(tmp_path):
     samples = read_mono_16k(SPEECH)[:48000]
     expected = hidden_states_from_audio(twin, [samples])
     del twin
-
-    from checkpoints.test_formats import peak_of_loading
 
     loaded, ran = peak_of_loading(tmp_path / "full")
     assert weights > 2.3e9

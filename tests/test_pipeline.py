@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import os
 import subprocess
@@ -285,3 +286,100 @@ print(*peaks)
 
     # The second corpus' outputs alone are 450 MB.
     assert second - first < 100
+
+
+# -- what a stream may be given --------------------------------------------------------
+
+
+def test_files_that_can_be_read_only_once_stream(tiny, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=lambda: fifo.write_bytes(SPEECH.read_bytes()))
+    writer.start()
+
+    with SPEECH.open("rb") as file:
+        inputs = [file, io.BytesIO(SPEECH.read_bytes()), fifo]
+        items = list(tiny.stream(inputs, on_error="return"))
+    writer.join()
+
+    assert [item.error for item in items] == [None] * 3
+    assert [len(item.last_hidden_state) for item in items] == [277] * 3
+
+
+def test_a_replaced_decoder_takes_inputs_of_its_own(clips):
+    pipeline = SpeechEncoderPipeline.from_pretrained("tiny-random")
+    original = pipeline.decode
+    pipeline.decode = lambda example, **kwargs: original(example["array"])
+
+    examples = [{"array": clip} for clip in clips]
+    (first, *_) = items = list(pipeline.stream(examples, on_error="return"))
+
+    assert all(item.error is None for item in items)
+    assert len(first.last_hidden_state) == 49
+
+
+def test_a_step_that_leaves_too_little_is_an_error_of_that_input(clips):
+    pipeline = SpeechEncoderPipeline.from_pretrained("tiny-random")
+    pipeline.insert_after("fbank", lambda fbank: fbank[30:])
+    short = clips[0][:4000]
+
+    items = list(pipeline.stream([clips[0], ("b.wav", short)], on_error="return"))
+    assert items[0].error is None
+    assert "has 0 fbank frames" in str(items[1].error)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step", "reason"),
+    [
+        ("decode", lambda w: Waveform(w.samples * float("nan")), "not all finite"),
+        ("fbank", lambda f: f * float("nan"), "NaN or infinite"),
+        ("fbank", lambda f: None, "NoneType"),
+        ("fbank", lambda f: f[:, :40], r"\(98, 40\)"),
+    ],
+)
+def test_a_step_that_spoils_its_input_is_found_out(clips, stage, step, reason):
+    pipeline = SpeechEncoderPipeline.from_pretrained("tiny-random")
+    pipeline.insert_after(stage, step)
+
+    with pytest.raises(AudioError, match=reason):
+        pipeline(clips[0])
+    (item,) = pipeline.stream(clips[:1], on_error="return")
+    assert isinstance(item.error, AudioError)
+
+
+def test_a_padding_stage_that_returns_nothing_is_found_out(clips):
+    pipeline = SpeechEncoderPipeline.from_pretrained("tiny-random")
+    pipeline.pad = lambda fbanks: None
+    with pytest.raises(ArgumentError, match="`pad` returned NoneType"):
+        list(pipeline.stream(clips))
+
+
+@pytest.mark.parametrize("name", ["x.raw", "no_suffix", "ends.in.npz", "é\n.wav"])
+def test_the_name_of_a_file_does_not_matter(tiny, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(SPEECH.read_bytes())
+    (item,) = tiny.stream([path])
+    assert len(item.last_hidden_state) == 277
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "reason"),
+    [
+        (None, {}, "pass a list"),
+        (5, {}, "pass a list"),
+        (np.zeros(800), {}, "pass a list"),
+        (io.BytesIO(), {}, "pass a list"),
+        ([], {"max_items": 0}, "`max_items` is 0"),
+        ([], {"max_frames": float("nan")}, "`max_frames` is nan"),
+        ([], {"num_workers": -1}, "`num_workers` is -1"),
+    ],
+)
+def test_a_stream_refuses_what_makes_no_sense(tiny, inputs, options, reason):
+    with pytest.raises(ArgumentError, match=reason):
+        tiny.stream(inputs, **options)
+
+
+@pytest.mark.parametrize("given", [("id",), ("id", "a.wav", 16000)])
+def test_tuples_that_are_no_pairs_are_refused(tiny, given):
+    with pytest.raises(ArgumentError, match=r"not \(id, audio\)"):
+        list(tiny.stream([given], on_error="return"))

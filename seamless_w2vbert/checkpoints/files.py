@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from seamless_w2vbert.errors import CheckpointError
@@ -30,11 +31,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     :raises CheckpointError: if there is no checkpoint at ``path``, it is damaged, or
         it holds anything but tensors and plain values.
     """
-    if path.is_dir():
-        return _read_folder(path)
+    try:
+        if path.is_dir():
+            return _read_folder(path)
 
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file or folder.")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: there is no such file or folder.")
+    except OSError as ex:
+        raise CheckpointError(f"{path}: cannot be read: {ex.strerror}.") from None
 
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -59,7 +63,7 @@ def read_config(path: Path) -> dict[str, Any] | None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as ex:
+    except (OSError, ValueError, RecursionError) as ex:
         raise CheckpointError(f"{file}: cannot be read as JSON: {ex}.") from None
 
     if not isinstance(content, dict):
@@ -113,7 +117,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             names = opened.keys()
             return {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as ex:
+    except Exception as ex:  # a dtype that this torch lacks, and whatever else
         raise CheckpointError(
             f"{file}: cannot be read as safetensors ({ex}); it may be truncated, fetch "
             "it again."
@@ -135,6 +139,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _load_pickle(file: Path) -> Any:
+    _check_magic(file)
+
     try:
         try:
             return torch.load(
@@ -151,18 +157,44 @@ def _load_pickle(file: Path) -> Any:
             f"({_first_line(ex)}). Loading it could run code; if you trust it, save "
             "its state dict alone with `torch.save`."
         ) from None
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as ex:
+    except Exception as ex:  # a damaged pickle can fail in any way
         raise CheckpointError(
             f"{file}: cannot be read as a checkpoint ({_first_line(ex)}); it may be "
             "truncated, fetch it again."
         ) from None
+
+
+def _check_magic(file: Path) -> None:
+    """Tell what is no pickle at all from one that is refused or damaged."""
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(4)
+    except OSError as ex:
+        raise CheckpointError(f"{file}: cannot be read: {ex.strerror}.") from None
+
+    if magic.startswith(b"PK") and _is_compressed(file):
+        raise CheckpointError(
+            f"{file}: is a compressed archive, which cannot be memory-mapped; write it "
+            "anew with `torch.save`."
+        )
+
+    if not magic.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(
+            f"{file}: is not a checkpoint: it cannot be read as one of torch's files, "
+            "and files of safetensors end in .safetensors."
+        )
+
+
+def _is_compressed(file: Path) -> bool:
+    """Tell whether a zip archive holds deflated members: mapped as they lie, they would
+    be taken for weights."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError):
+        return False  # torch says better what is wrong with it
+
+    return any(member.compress_type != zipfile.ZIP_STORED for member in members)
 
 
 def _first_line(ex: Exception) -> str:

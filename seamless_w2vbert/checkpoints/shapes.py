@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from seamless_w2vbert.architecture import Architecture, PretrainingHeads
 from seamless_w2vbert.checkpoints.names import Format
+from seamless_w2vbert.constants import NUM_MEL_BINS
 from seamless_w2vbert.errors import CheckpointError
 
 _ENCODER = ("encoder_frontend.", "encoder.")
@@ -87,13 +89,14 @@ def architecture_of(
 
     stride = Architecture.fbank_stride
 
-    if head_dim == 0 or model_dim % head_dim != 0 or feature_dim % stride != 0:
+    if model_dim % head_dim != 0 or feature_dim != stride * NUM_MEL_BINS:
         raise CheckpointError(
             f"{path}: a width of {model_dim} with heads of {head_dim} and features of "
-            f"{feature_dim} fit no encoder."
+            f"{feature_dim} fit no encoder; features are {stride} frames of "
+            f"{NUM_MEL_BINS} mel bins."
         )
 
-    return Architecture(
+    architecture = Architecture(
         num_layers=_num_layers(tensors),
         model_dim=model_dim,
         num_heads=model_dim // head_dim,
@@ -104,6 +107,29 @@ def architecture_of(
         num_fbank_channels=feature_dim // stride,
         pretraining=_pretraining_of(tensors, path),
     )
+    _check_config(architecture, config, path)
+
+    return architecture
+
+
+def _check_config(
+    architecture: Architecture, config: Mapping[str, Any], path: Path
+) -> None:
+    """Refuse a config that says otherwise than the shapes: Transformers would build
+    what it says, with other layers under the same numbers."""
+    for key, value in {
+        "num_hidden_layers": architecture.num_layers,
+        "hidden_size": architecture.model_dim,
+        "num_attention_heads": architecture.num_heads,
+        "intermediate_size": architecture.ffn_inner_dim,
+        "conv_depthwise_kernel_size": architecture.depthwise_conv_kernel_size,
+        "feature_projection_input_dim": architecture.feature_dim,
+    }.items():
+        if key in config and config[key] != value:
+            raise CheckpointError(
+                f"{path}: config.json sets {key} to {config[key]!r}, but the tensors "
+                f"add up to {value}."
+            )
 
 
 def check(
@@ -113,7 +139,12 @@ def check(
 
     :raises CheckpointError: naming what is missing, unexpected or of another shape.
     """
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems = [
+        f"{name} is not stored as a plain array"
+        for name, t in tensors.items()
+        if not _is_plain(t)
+    ]
+    problems += [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is unexpected" for name in tensors if name not in expected]
     problems += [
         f"{name} is of shape {tuple(tensors[name].shape)}, not {tuple(like.shape)}"
@@ -142,6 +173,15 @@ def _count(config: Mapping[str, Any], key: str, default: int, path: Path) -> int
         raise CheckpointError(f"{path}: config.json sets {key} to {value!r}.")
 
     return value
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_quantized
+        and not tensor.is_nested
+    )
 
 
 def _num_layers(tensors: Mapping[str, Tensor]) -> int:
@@ -179,6 +219,9 @@ def _shape(
         raise CheckpointError(
             f"{path}: is not a whole W2v-BERT 2.0 encoder: {name} is missing."
         )
+
+    if not _is_plain(tensors[name]):
+        raise CheckpointError(f"{path}: {name} is not stored as a plain array.")
 
     shape = tuple(tensors[name].shape)
 

@@ -6,6 +6,9 @@ could not be done, 2 for wrong usage. Errors are one line on stderr, never a tra
 
 from __future__ import annotations
 
+import io
+import os
+import signal
 import sys
 import warnings
 from typing import Any
@@ -13,7 +16,7 @@ from typing import Any
 import typer
 
 from seamless_w2vbert import __version__
-from seamless_w2vbert.cli import compare, doctor, embed
+from seamless_w2vbert.cli import compare, convert, doctor, embed, options
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 app = typer.Typer(
@@ -42,7 +45,12 @@ def _root(
 
 app.command("embed")(embed.embed)
 app.command("compare")(compare.compare)
+app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)
+
+
+# typer's own click: what it raises for wrong usage.
+_UsageError: Any = typer.BadParameter.__base__
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
@@ -51,21 +59,38 @@ def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
 
 def main() -> None:
     """Run the command line; the entry point of the package."""
+    # Ctrl-C ends the process there and then, also while libraries are being imported.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     warnings.showwarning = _show_warning
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except _UsageError as ex:
+        _fail(ex.format_message(), 2)
     except ArgumentError as ex:
         _fail(ex, 2)
     except SeamlessW2vBertError as ex:
         _fail(ex, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone: nothing left to say
-        sys.exit(0)
+        _leave(0)  # the reader of our output has gone: nothing left to say
+    except OSError as ex:
+        print(f"seamless-w2vbert: {ex.strerror or ex}", file=sys.stderr)
+        _leave(1)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: object, code: int) -> None:
-    print(f"seamless-w2vbert: {message}", file=sys.stderr)
+    print(f"seamless-w2vbert: {options.printable(str(message))}", file=sys.stderr)
     sys.exit(code)
+
+
+def _leave(code: int) -> None:
+    """Exit without flushing output that cannot be written."""
+    sys.stderr.flush()
+    os._exit(code)

@@ -72,20 +72,23 @@ def embed(
     for item in pipeline.stream(paths, layers=numbers, on_error="return"):
         if item.error is not None:
             failed += 1
-            print(f"seamless-w2vbert: {item.error}", file=sys.stderr)
+            message = options.printable(str(item.error))
+            print(f"seamless-w2vbert: {message}", file=sys.stderr)
             continue
 
         for number, hidden in item.hidden_states.items():
             vectors = hidden.float().mean(dim=0) if pool else hidden
-            key = f"{item.id}#{number}" if len(numbers) > 1 else item.id
+            name = options.printable(item.id)
+            key = f"{name}#{number}" if len(numbers) > 1 else name
             arrays[key] = vectors
-            rows.append(_row(item.id, item.samples, number, hidden, vectors))
+            rows.append(_row(name, item.samples, number, hidden, vectors))
+
+    # First what took long to compute: printing may fail, where nobody reads.
+    if output is not None and arrays:
+        _write(output, arrays)
 
     if rows:
         _print_table(rows, model)
-
-    if output is not None and arrays:
-        _write(output, arrays)
 
     if failed:
         print(
@@ -161,9 +164,20 @@ def _write(output: Path, arrays: dict[str, Tensor]) -> None:
 
     try:
         if output.suffix == ".safetensors":
+            from safetensors import SafetensorError
             from safetensors.torch import save_file
 
-            save_file({k: v.contiguous() for k, v in arrays.items()}, output)
+            if "__metadata__" in arrays:
+                raise ArgumentError(
+                    f"--output {output}: safetensors keeps the name __metadata__ for "
+                    "itself; use .npz."
+                )
+            try:
+                save_file({k: v.contiguous() for k, v in arrays.items()}, output)
+            except SafetensorError as ex:
+                raise SeamlessW2vBertError(
+                    f"{output}: cannot be written: {ex}."
+                ) from None
             return
 
         import numpy as np

@@ -38,6 +38,15 @@ DTypeOption = Annotated[DType, typer.Option("--dtype", help="Of the model.")]
 DEFAULT_MODEL = "tiny-random"
 
 
+def printable(text: str) -> str:
+    """Return ``text`` on one line and in valid Unicode: control characters, and bytes
+    of file names that are no UTF-8, as escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
 def read_paths(audio: list[str]) -> list[str]:
     """Return the paths that are named, with those on stdin in the place of ``-``.
 
@@ -47,7 +56,9 @@ def read_paths(audio: list[str]) -> list[str]:
 
     for path in audio:
         if path == "-":
-            paths += [line.rstrip("\n") for line in sys.stdin if line.strip()]
+            # A process can be started without one.
+            lines = sys.stdin or ()
+            paths += [line.rstrip("\r\n") for line in lines if line.strip()]
         else:
             paths.append(path)
 
@@ -62,19 +73,6 @@ def parse_device(text: str) -> torch.device:
 
     :raises ArgumentError: if torch does not know it or has none here.
     """
-    import torch
+    from seamless_w2vbert.model import check_device
 
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise ArgumentError(
-            f"--device {text!r} is no device; try cpu or cuda."
-        ) from None
-
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(
-            f"--device {text}: torch sees no CUDA device; `seamless-w2vbert doctor` "
-            "says more."
-        )
-
-    return device
+    return check_device(text)

@@ -6,10 +6,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 
-import numpy as np
 import pytest
 import torch
+from command import peak_of_loading
 from reference import (
     TO_FAIRSEQ,
     TO_TRANSFORMERS,
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2BertForSequenceClassification
 
 from seamless_w2vbert import (
+    ArgumentError,
     CheckpointError,
     SpeechEncoderPipeline,
     load_conformer_shaw_model,
@@ -416,30 +418,6 @@ def test_offline_the_error_says_what_to_fetch(tmp_path):
 # -- memory --------------------------------------------------------------------------
 
 
-def peak_of_loading(path, audio: np.ndarray | None = None) -> tuple[float, float]:
-    """Peak memory, in MB, that loading and running cost in a process of its own."""
-    program = f"""
-import resource, sys, warnings
-import numpy as np, torch
-warnings.simplefilter("ignore")
-from seamless_w2vbert import SpeechEncoderPipeline, load_conformer_shaw_model
-noise = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-SpeechEncoderPipeline.from_pretrained("tiny-random")(noise)
-start = peak()
-model = load_conformer_shaw_model({str(path)!r})
-loaded = peak()
-SpeechEncoderPipeline(model)(noise)
-print(loaded - start, peak() - start)
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    loaded, run = map(float, result.stdout.split()[-2:])
-    return loaded, run
-
-
 def test_a_pickled_checkpoint_costs_its_weights_once(tmp_path):
     """A wide model of few layers, in fairseq's format: 200 MB of weights."""
     from seamless_w2vbert import stack
@@ -480,3 +458,83 @@ def test_every_format_gives_the_same_embedding(
     for path in (fairseq_file, folder):
         pipeline = SpeechEncoderPipeline.from_pretrained(path)
         assert torch.equal(pipeline(clips).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_hidden_layers", 1),
+        ("num_attention_heads", 4),
+        ("conv_depthwise_kernel_size", 3),
+        ("hidden_size", "48"),
+        ("left_max_position_embeddings", "64"),
+        ("right_max_position_embeddings", -1),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(folder, setting, value):
+    edit_config(folder, **{setting: value})
+    with pytest.raises(CheckpointError, match=f"config.json sets {setting} to"):
+        load_conformer_shaw_model(folder)
+
+
+def test_json_without_bottom_is_refused(folder):
+    (folder / "config.json").write_text('{"a":' + "[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON"):
+        load_conformer_shaw_model(folder)
+
+
+def test_a_compressed_archive_is_not_taken_for_weights(fairseq_file):
+    with zipfile.ZipFile(fairseq_file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(fairseq_file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    with pytest.raises(CheckpointError, match="compressed archive"):
+        load_conformer_shaw_model(fairseq_file)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b".",
+        b"\x80\x02\x85.",
+        b"\x80\x02J1.",
+        b"\x80\x02K\x05Q.",
+        b"RIFF....WAVE",
+        b"PK",
+    ],
+)
+def test_bytes_of_any_kind_are_refused(tmp_path, data):
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"a\.pt: "):
+        load_conformer_shaw_model(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.to_sparse(),
+        lambda t: t.to("meta"),
+        lambda t: torch.zeros(1, 1).expand(2**40, 2**20),
+    ],
+)
+def test_tensors_that_are_no_plain_arrays_are_refused(fairseq_file, change):
+    def replace(state):
+        name = name_ending(state, "layers.0.ffn1.w_1.weight")
+        state[name] = change(state[name])
+
+    edit(fairseq_file, replace)
+    with pytest.raises(CheckpointError, match=r"conformer_shaw\.pt: "):
+        load_conformer_shaw_model(fairseq_file)
+
+
+@pytest.mark.parametrize("device", ["meta", "no_such_device", "mps", None, -7])
+def test_a_device_that_computes_nothing_is_refused(device):
+    with pytest.raises(ArgumentError, match="cannot be used here"):
+        load_conformer_shaw_model("tiny-random", device=device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", None, torch.int8, torch.complex64])
+def test_a_dtype_that_nothing_is_computed_in_is_refused(dtype):
+    with pytest.raises(ArgumentError, match="cannot be of dtype"):
+        load_conformer_shaw_model("tiny-random", dtype=dtype)

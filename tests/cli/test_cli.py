@@ -3,28 +3,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import COMMAND, run
 from reference import SPEECH
 from safetensors.numpy import load_file
-
-COMMAND = Path(sys.executable).with_name("seamless-w2vbert")
-
-
-def run(*arguments, stdin: str = "", cwd=None, **environment):
-    return subprocess.run(
-        [str(COMMAND), *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "160", **environment},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +128,7 @@ def test_embed_says_in_a_line_what_is_wrong(arguments, code, message):
 def test_a_device_that_is_not_there_is_named():
     result = run("embed", SPEECH, "--device", "cuda")
     assert result.returncode == 2
-    assert "torch sees no CUDA device" in result.stderr
+    assert "Device 'cuda' cannot be used here" in result.stderr
 
 
 def test_the_version_is_that_of_the_package():
@@ -183,3 +169,72 @@ def test_doctor_works_where_a_library_does_not(tmp_path, module, error, advice):
     assert error.split("'")[1] in result.stdout
     assert advice in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_arrays_are_written_where_nobody_reads_the_table(tmp_path):
+    path = tmp_path / "out.npz"
+    command = f"{COMMAND} embed {SPEECH} --output {path} > /dev/full"
+    result = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "No space left on device" in result.stderr
+    assert list(np.load(path)) == [str(SPEECH)]
+
+    path.unlink()
+    result = subprocess.run(
+        f"{COMMAND} embed {SPEECH} --output {path} | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in result.stderr
+    assert path.exists()
+
+
+def test_names_of_any_bytes_are_printed_and_written(tmp_path):
+    name = os.fsdecode(b"bad\xff.flac")
+    shutil.copy(SPEECH, tmp_path / name)
+    result = run("embed", name, "--output", "o.npz", cwd=tmp_path)
+    assert result.returncode == 0
+    (key,) = np.load(tmp_path / "o.npz")
+    assert key == "bad\\udcff.flac"
+    assert key in result.stdout
+
+    result = run("embed", "no\nsuch\x1b.wav", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "no\\nsuch\\x1b.wav: cannot be read" in result.stderr
+
+
+def test_safetensors_that_cannot_be_written_say_so_in_a_line(tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    result = run("embed", SPEECH, "--output", tmp_path / "folder.safetensors")
+    assert result.returncode == 1
+    assert "folder.safetensors: cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+    shutil.copy(SPEECH, tmp_path / "__metadata__")
+    result = run("embed", "__metadata__", "--output", "o.safetensors", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "use .npz" in result.stderr
+
+
+def test_usage_errors_are_one_line():
+    for arguments in (
+        ["embed"],
+        ["embed", "a", "--dtype", "int8"],
+        ["no-such-command"],
+    ):
+        result = run(*arguments)
+        assert result.returncode == 2
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert result.stderr.startswith("seamless-w2vbert: ")
+
+
+def test_without_a_command_the_help_is_shown():
+    assert "embed" in run("--help").stdout
+    result = run()
+    assert result.returncode == 2
+    assert "Usage" in result.stdout + result.stderr

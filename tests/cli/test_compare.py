@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from command import run
 from reference import SPEECH, write_transformers
-from test_cli import run
 
 
 def test_compare_prints_every_stage_and_a_sentence():

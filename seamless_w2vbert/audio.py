@@ -153,9 +153,10 @@ def inspect(audio: AudioInput, *, sampling_rate: int | None = None) -> AudioInfo
         length = int(audio.shape[-1]) if audio.ndim else 0
         return AudioInfo(_resampled_length(length, rate), rate, channels)
 
-    opened: str | io.BytesIO
+    opened: bytes | io.BytesIO
     if isinstance(audio, (str, os.PathLike)) and os.path.isfile(audio):
-        opened = source = os.fspath(audio)
+        source = os.fsdecode(audio)
+        opened = os.fsencode(audio)  # a name need not be UTF-8
     else:
         data, source = _read(audio)
         opened = io.BytesIO(data)

@@ -135,7 +135,9 @@ class TransformersSide:
 
     def waveform(self, path: str) -> Tensor:
         try:
-            samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+            samples, rate = soundfile.read(
+                os.fsencode(path), dtype="float32", always_2d=True
+            )
         except (soundfile.LibsndfileError, OSError) as ex:
             raise AudioError(f"{path}: cannot be decoded as audio ({ex}).") from None
 

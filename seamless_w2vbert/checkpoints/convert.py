@@ -4,31 +4,18 @@ Comes in: a checkpoint of fairseq, fairseq2 or Transformers, or a UnitY/Seamless
 model that has one inside. Goes out: a Transformers folder or a fairseq2 ``.pt`` file,
 written piece by piece, so that memory does not grow with the model; and a
 :class:`Conversion` that names every tensor that was left out or made up.
-
-Both file formats are written here, a tensor at a time: their libraries take a whole
-state dict, of which every page that they read stays in memory.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import math
-import mmap
 import os
-import pickle
 import re
-import secrets
-import shutil
-import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, Final, Literal, cast, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -36,6 +23,17 @@ from torch import Tensor
 
 from seamless_w2vbert.architecture import Architecture, PretrainingHeads
 from seamless_w2vbert.checkpoints import files, names, shapes
+from seamless_w2vbert.checkpoints.write import (
+    DTYPES,
+    INITIALISED_KEY,
+    SourcePages,
+    output,
+    size_of,
+    sync_folder,
+    write_file,
+    write_folder,
+    write_pt,
+)
 from seamless_w2vbert.errors import ArgumentError, CheckpointError
 
 Target = Literal["transformers", "fairseq2"]
@@ -43,18 +41,9 @@ Target = Literal["transformers", "fairseq2"]
 MAX_SHARD_BYTES: Final = 5 * 10**9
 """How large a safetensors file may get; Transformers' own default."""
 
-INITIALISED_KEY: Final = "initialised"
-"""The key of a fairseq2 file that lists the tensors which no training has seen."""
-
 _MASK_EMBED: Final = "masker.temporal_mask_embed"
 _NUM_UPDATES: Final = "quantizer.num_updates"
 _SEED: Final = 20231208  # as for tiny-random
-
-_PIECE: Final = 2**20
-"""How many numbers of a tensor are cast at a time."""
-
-_RELEASE_EVERY: Final = 64 * 2**20
-"""After how many bytes the pages read so far are given back."""
 
 _UNLIMITED_CHUNK: Final = 20_000
 """SeamlessM4Tv2's attention chunk, in frames: 400 s, longer than any input it takes."""
@@ -77,20 +66,6 @@ _COMPANIONS: Final = (
     "sentencepiece.bpe.model",
     "generation_config.json",
 )
-
-# torch's dtype -> safetensors' name for it, and torch.save's.
-_DTYPES: Final[dict[torch.dtype, tuple[str, type | None]]] = {
-    torch.float64: ("F64", torch.DoubleStorage),
-    torch.float32: ("F32", torch.FloatStorage),
-    torch.float16: ("F16", torch.HalfStorage),
-    torch.bfloat16: ("BF16", torch.BFloat16Storage),
-    torch.int64: ("I64", torch.LongStorage),
-    torch.int32: ("I32", None),
-    torch.int16: ("I16", None),
-    torch.int8: ("I8", None),
-    torch.uint8: ("U8", None),
-    torch.bool: ("BOOL", None),
-}
 
 _FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -181,8 +156,8 @@ def convert_checkpoint(
     _check_arguments(dst, to, dtype, max_shard_bytes)
     final = _check_paths(src, dst, to, force)
 
-    pages = _SourcePages(src)
     source = _read(src)
+    pages = SourcePages(src, source.raw.values())
     pages.release()  # safetensors' reader looks at every tensor
     state, initialised = _state_for(to, source, dtype)
     carried = {id(tensor) for tensor in state.values()}
@@ -193,15 +168,19 @@ def convert_checkpoint(
 
     copied = _companions(source) if to == "transformers" else ()
 
-    with _output(final, dst) as temporary:
+    with output(final, dst) as temporary:
         if to == "fairseq2":
-            _write_pt(temporary, state, initialised, dtype, pages)
+            write_pt(temporary, state, initialised, dtype, pages)
         else:
             temporary.mkdir()
-            _write_folder(temporary, state, source, dtype, max_shard_bytes, pages)
+            configs = {
+                files.CONFIG_NAME: _config_for(source, dtype),
+                _PREPROCESSOR_NAME: _preprocessor_config(source.architecture),
+            }
+            write_folder(temporary, state, configs, dtype, max_shard_bytes, pages)
             for name in copied:
-                _write(temporary / name, _read_bytes(_folder_of(src) / name))
-            _sync_folder(temporary)
+                write_file(temporary / name, _read_bytes(_folder_of(src) / name))
+            sync_folder(temporary)
 
     return Conversion(
         src=src,
@@ -210,7 +189,7 @@ def convert_checkpoint(
         target=to,
         extracted=source.extracted,
         num_tensors=len(state) - len(initialised),
-        num_bytes=sum(_num_bytes(t, dtype) for t in state.values()),
+        num_bytes=sum(size_of(t, dtype) for t in state.values()),
         dropped=dropped,
         initialised=tuple(initialised),
         copied=copied,
@@ -585,7 +564,7 @@ def _marked(path: Path) -> frozenset[str]:
 
 
 def _check_storable(name: str, tensor: Tensor, to: Target, path: Path) -> None:
-    storage = _DTYPES.get(tensor.dtype)
+    storage = DTYPES.get(tensor.dtype)
 
     if storage is None or (to == "fairseq2" and storage[1] is None):
         raise CheckpointError(
@@ -595,7 +574,7 @@ def _check_storable(name: str, tensor: Tensor, to: Target, path: Path) -> None:
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
 
     # A pickle can claim any shape over a few bytes, by strides of zero.
-    if not plain or _num_bytes(tensor) > tensor.untyped_storage().nbytes():
+    if not plain or size_of(tensor) > tensor.untyped_storage().nbytes():
         raise CheckpointError(
             f"{path}: {name} of shape {tuple(tensor.shape)} is not stored as a plain "
             "array; save it again from a contiguous tensor."
@@ -782,350 +761,3 @@ def _read_bytes(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as ex:
         raise CheckpointError(f"{file}: cannot be read: {ex.strerror or ex}.") from None
-
-
-# -- writing, piece by piece ---------------------------------------------------------
-
-
-class _SourcePages:
-    """The pages of the source's mapped files, which count as this process's memory
-    from when they are read until they are given back."""
-
-    def __init__(self, src: Path) -> None:
-        self.src = src
-        paths = src.glob("*.safetensors") if src.is_dir() else [src]
-        self._files = {os.path.realpath(path) for path in paths}
-        self._read = 0
-
-    def count(self, num_bytes: int) -> None:
-        self._read += num_bytes
-
-        if self._read >= _RELEASE_EVERY:
-            self.release()
-
-    def release(self) -> None:
-        self._read = 0
-        # Nothing writes to these mappings: the kernel reads a page again if need be.
-        maps = Path("/proc/self/maps")
-
-        if not maps.exists():  # not Linux; only memory is lost
-            return
-
-        for line in maps.read_text(errors="surrogateescape").splitlines():
-            fields = line.split(maxsplit=5)
-            if len(fields) == 6 and fields[5] in self._files:
-                start, end = (int(address, 16) for address in fields[0].split("-"))
-                size = ctypes.c_size_t(end - start)
-                _LIBC.madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
-
-        if hasattr(_LIBC, "malloc_trim"):  # glibc keeps what casts have freed
-            _LIBC.malloc_trim(ctypes.c_size_t(0))
-
-
-_LIBC: Final = ctypes.CDLL(None)
-
-
-def _pieces(
-    name: str, tensor: Tensor, dtype: torch.dtype | None, pages: _SourcePages
-) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in row-major order, in the dtype asked for."""
-    flat = tensor.reshape(-1)
-    wanted = _dtype_of(tensor, dtype)
-
-    for start in range(0, flat.numel(), _PIECE):
-        piece = flat[start : start + _PIECE]
-        converted = piece.to(wanted)
-
-        if wanted != tensor.dtype and _overflows(piece, converted):
-            raise CheckpointError(
-                f"{pages.src}: {name} holds values that {wanted} cannot; convert to "
-                "bfloat16 or float32."
-            )
-
-        yield converted.view(torch.uint8).numpy().data
-        pages.count(piece.numel() * piece.element_size())
-
-
-def _overflows(piece: Tensor, converted: Tensor) -> bool:
-    """Tell whether a cast made a number infinite."""
-    limit = torch.finfo(converted.dtype).max
-    low, high = piece.aminmax()
-
-    if bool((low >= -limit) & (high <= limit)):  # nearly always, and quickly told
-        return False
-
-    return bool((converted.isinf() & ~piece.isinf()).any())
-
-
-def _dtype_of(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype to write a tensor in: only floating-point ones change."""
-    return dtype if dtype and tensor.is_floating_point() else tensor.dtype
-
-
-def _num_bytes(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
-    return tensor.numel() * _dtype_of(tensor, dtype).itemsize
-
-
-def _write_folder(
-    folder: Path,
-    state: Mapping[str, Tensor],
-    source: _Source,
-    dtype: torch.dtype | None,
-    max_shard_bytes: int,
-    pages: _SourcePages,
-) -> None:
-    _write_json(folder / files.CONFIG_NAME, _config_for(source, dtype))
-    _write_json(folder / _PREPROCESSOR_NAME, _preprocessor_config(source.architecture))
-
-    shards = _shards(state, dtype, max_shard_bytes)
-    file_names = [files.WEIGHTS_NAME]
-
-    if len(shards) > 1:
-        file_names = [
-            f"model-{number:05}-of-{len(shards):05}.safetensors"
-            for number in range(1, len(shards) + 1)
-        ]
-        weight_map = {
-            name: file
-            for file, shard in zip(file_names, shards, strict=True)
-            for name in shard
-        }
-        size = sum(_num_bytes(t, dtype) for t in state.values())
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(folder / files.INDEX_NAME, index)
-
-    for file, shard in zip(file_names, shards, strict=True):
-        _write_safetensors(folder / file, shard, dtype, pages)
-
-
-def _shards(
-    state: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int
-) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-
-    for name, tensor in state.items():
-        num_bytes = _num_bytes(tensor, dtype)
-        if shards[-1] and size + num_bytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += num_bytes
-
-    return shards
-
-
-def _write_safetensors(
-    path: Path,
-    state: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-    pages: _SourcePages,
-) -> None:
-    """Write what ``safetensors.torch.save_file`` would: the header, then the bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    # Wide dtypes first, so that every tensor starts at a multiple of its item size.
-    order = sorted(state, key=lambda n: (-_dtype_of(state[n], dtype).itemsize, n))
-
-    for name in order:
-        start, end = end, end + _num_bytes(state[name], dtype)
-        header[name] = {
-            "dtype": _DTYPES[_dtype_of(state[name], dtype)][0],
-            "shape": list(state[name].shape),
-            "data_offsets": [start, end],
-        }
-
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    with _created(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            for piece in _pieces(name, state[name], dtype, pages):
-                file.write(piece)
-
-
-def _write_pt(
-    path: Path,
-    state: Mapping[str, Tensor],
-    initialised: list[str],
-    dtype: torch.dtype | None,
-    pages: _SourcePages,
-) -> None:
-    """Write what ``torch.save`` would, with its own writer: an uncompressed zip archive
-    of one pickle and the bytes of each tensor, at offsets that can be mapped."""
-    content: dict[str, Any] = {
-        "model": {
-            name: _Stored(str(key), tensor, _dtype_of(tensor, dtype))
-            for key, (name, tensor) in enumerate(state.items())
-        },
-        "fs2": True,
-    }
-    if initialised:
-        content[INITIALISED_KEY] = initialised
-
-    with _created(path) as file:
-        sink = _Sink(file)
-        archive = torch._C.PyTorchFileWriter(cast(IO[bytes], sink))
-        pickled = _pickle(content)
-        archive.write_record("data.pkl", pickled, len(pickled))
-        archive.write_record("byteorder", b"little", 6)
-
-        for key, (name, tensor) in enumerate(state.items()):
-            data = b"".join(_pieces(name, tensor, dtype, pages))
-            archive.write_record(f"data/{key}", data, len(data))
-            sink.check()
-
-        archive.write_end_of_file()
-        sink.check()
-
-
-class _Sink:
-    """A file for torch's writer, which ends the process where a write raises: errors
-    wait for :meth:`check`."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self._error is None:
-            try:
-                self._file.write(data)
-            except OSError as ex:
-                self._error = ex
-
-        return memoryview(data).nbytes
-
-    def check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Stands for a tensor in a pickle: where its bytes are, and what they make."""
-
-    key: str
-    tensor: Tensor
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """Stands for the storage of a tensor in a pickle."""
-
-    stored: _Stored
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles :class:`_Stored` as ``torch.save`` pickles a contiguous tensor."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, _Stored):
-            return NotImplemented
-
-        shape = tuple(obj.tensor.shape)
-        stride = torch.empty(shape, device="meta").stride()
-
-        return torch._utils._rebuild_tensor_v2, (
-            _Storage(obj),
-            0,
-            shape,
-            stride,
-            False,
-            OrderedDict(),
-        )
-
-    def persistent_id(self, obj: Any) -> Any:
-        if not isinstance(obj, _Storage):
-            return None
-
-        stored = obj.stored
-        kind = _DTYPES[stored.dtype][1]
-
-        return ("storage", kind, stored.key, "cpu", stored.tensor.numel())
-
-
-def _pickle(content: object) -> bytes:
-    buffer = BytesIO()
-    _Pickler(buffer, protocol=2).dump(content)
-
-    return buffer.getvalue()
-
-
-# -- all or nothing ------------------------------------------------------------------
-
-
-@contextmanager
-def _output(final: Path, dst: Path) -> Iterator[Path]:
-    """Yield a path beside ``final``; what is there in the end is moved to ``final``,
-    or removed after a failure."""
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-
-    try:
-        yield temporary
-        _move(temporary, final)
-        _sync_folder(final.parent)
-    except OSError as ex:
-        raise CheckpointError(
-            f"{dst}: cannot be written: {ex.strerror or ex}."
-        ) from None
-    finally:
-        _remove(temporary)
-
-
-def _move(temporary: Path, final: Path) -> None:
-    if not (temporary.is_dir() and final.exists()):
-        os.replace(temporary, final)
-        return
-
-    # A folder cannot be replaced in one step: the old one steps aside until the new
-    # one is there.
-    aside = temporary.with_suffix(".old.tmp")
-    os.rename(final, aside)
-
-    try:
-        os.rename(temporary, final)
-    except OSError:
-        os.rename(aside, final)
-        raise
-
-    _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _created(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file that is on disk when the block ends."""
-    with open(path, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.unlink(missing_ok=True)  # our own preprocessor_config.json, for the source's
-
-    with _created(path) as file:
-        file.write(content)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -827,14 +827,14 @@ def test_a_write_that_fails_half_way_names_the_file(fairseq_file, tmp_path):
 
 KILLED = """
 import sys, time
-from seamless_w2vbert.checkpoints import convert
-pieces = convert._pieces
+from seamless_w2vbert.checkpoints import convert, write
+pieces = write._pieces
 def slow(*arguments):
     for piece in pieces(*arguments):
         print("writing", flush=True)
         yield piece
         time.sleep(0.1)
-convert._pieces = slow
+write._pieces = slow
 convert.convert_checkpoint(sys.argv[1], sys.argv[2], "fairseq2")
 """
 
@@ -1144,3 +1144,22 @@ def test_a_full_size_checkpoint_converts_in_a_gigabyte(tmp_path):
         (tmp_path / "two.pt").unlink(missing_ok=True)
         for name in ("one", "three"):
             shutil.rmtree(tmp_path / name, ignore_errors=True)
+
+
+@pytest.mark.parametrize("target", ["fairseq2", "transformers"])
+def test_a_model_of_the_same_file_keeps_what_it_has_learnt(
+    tmp_path, small_model, target
+):
+    """Pages of the source are given back to the system while it is converted; those
+    that a model in this process has changed must not be among them."""
+    path = tmp_path / "conformer_shaw.pt"
+    write_fairseq(small_model, path)
+    trained = load_conformer_shaw_model(path)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.fill_(0.125)
+
+    suffix = ".pt" if target == "fairseq2" else ""
+    convert_checkpoint(path, tmp_path / f"converted{suffix}", target)
+
+    assert all(bool((p == 0.125).all()) for p in trained.parameters())

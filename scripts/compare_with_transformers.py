@@ -10,8 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from seamless_w2vbert.compare import compare
-from seamless_w2vbert.compare.report import render
+from seamless_w2vbert import compare
+from seamless_w2vbert.comparison.report import render
 
 
 def main(model: str, *audio: str) -> int:

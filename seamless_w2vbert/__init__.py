@@ -6,9 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seamless_w2vbert.acceleration import accelerate as accelerate
     from seamless_w2vbert.audio import Waveform as Waveform
     from seamless_w2vbert.batch import FbankBatch as FbankBatch
     from seamless_w2vbert.batch import HiddenBatch as HiddenBatch
+    from seamless_w2vbert.checkpoints.convert import (
+        convert_checkpoint as convert_checkpoint,
+    )
+    from seamless_w2vbert.comparison import Comparison as Comparison
+    from seamless_w2vbert.comparison import compare as compare
     from seamless_w2vbert.encoder import EncoderOutput as EncoderOutput
     from seamless_w2vbert.errors import ArgumentError as ArgumentError
     from seamless_w2vbert.errors import AudioError as AudioError
@@ -28,9 +34,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "accelerate": "acceleration",
     "Waveform": "audio",
     "FbankBatch": "batch",
     "HiddenBatch": "batch",
+    "convert_checkpoint": "checkpoints.convert",
+    "Comparison": "comparison",
+    "compare": "comparison",
     "EncoderOutput": "encoder",
     "ArgumentError": "errors",
     "AudioError": "errors",

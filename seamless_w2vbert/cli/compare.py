@@ -16,7 +16,7 @@ from seamless_w2vbert.cli import options
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 if TYPE_CHECKING:
-    from seamless_w2vbert.compare import Comparison, StageResult
+    from seamless_w2vbert.comparison import Comparison, StageResult
 
 
 def compare(
@@ -57,8 +57,8 @@ def compare(
 
     import torch
 
-    from seamless_w2vbert.compare import compare as run
-    from seamless_w2vbert.compare.measure import default_tolerances, set_tolerances
+    from seamless_w2vbert.comparison import compare as run
+    from seamless_w2vbert.comparison.measure import default_tolerances, set_tolerances
 
     torch_dtype = getattr(torch, dtype.value)
     tolerances = set_tolerances(default_tolerances(torch_dtype), tolerance or [])
@@ -82,7 +82,7 @@ def compare(
         print(comparison.sentence)
 
     if report is not None:
-        from seamless_w2vbert.compare.report import render
+        from seamless_w2vbert.comparison.report import render
 
         try:
             report.write_text(render(comparison), encoding="utf-8")

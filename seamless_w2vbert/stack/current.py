@@ -22,6 +22,7 @@ from fairseq2.data.data_pipeline import MemoryBlock as MemoryBlock  # type: igno
 from fairseq2.models import ModelHubAccessor
 from fairseq2.models.conformer import ConformerConvolution
 from fairseq2.models.transformer import (
+    SDPA,
     AttentionBiasCache,
     IdentityBias,
     MultiheadAttention,
@@ -44,6 +45,7 @@ from torch import Tensor
 from torch.nn import Module, ModuleList
 
 from seamless_w2vbert.architecture import TINY, Architecture, PretrainingHeads
+from seamless_w2vbert.attention import shaw_attention
 from seamless_w2vbert.checkpoints.names import to_fairseq2_names
 from seamless_w2vbert.errors import StackError
 from seamless_w2vbert.stack.protocol import (
@@ -227,6 +229,70 @@ def build_model(architecture: Architecture) -> Module:
         return SpeechEncoder(
             factory.create_encoder_frontend(), factory.create_encoder()
         )
+
+
+# -- attention -----------------------------------------------------------------------
+
+
+class LinearShawSDPA(SDPA):
+    """fairseq2's ``ShawRelativePositionSDPA`` in linear memory."""
+
+    def __init__(self, stock: ShawRelativePositionSDPA) -> None:
+        super().__init__()
+        self.rel_k_embed = stock.rel_k_embed
+        self.max_lhs_rel_pos = stock.max_lhs_rel_pos
+        self.max_rhs_rel_pos = stock.max_rhs_rel_pos
+        # In a tuple, so that its parameters do not count twice.
+        self._stock = (stock,)
+
+    def forward(
+        self,
+        q: Tensor,
+        q_layout: BatchLayout,
+        k: Tensor,
+        k_layout: BatchLayout,
+        v: Tensor,
+        bias_cache: AttentionBiasCache,
+        *,
+        needs_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        (stock,) = self._stock
+
+        if (
+            needs_weights
+            or q_layout.packed
+            or q.size(1) != k.size(1)
+            or not isinstance(stock.bias, IdentityBias)
+        ):
+            return stock(
+                q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights
+            )
+
+        attended = shaw_attention(
+            # (N, S, H, K) -> (N, H, S, K)
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            self.rel_k_embed.weight,
+            self.max_lhs_rel_pos,
+            k_layout.position_indices >= 0 if k_layout.padded else None,
+        )
+
+        return attended.transpose(1, 2), None
+
+
+def swap_shaw_attention(model: Module) -> int:
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, ShawRelativePositionSDPA) and child.rel_v_embed is None
+    ]
+
+    for module, name, child in found:
+        setattr(module, name, LinearShawSDPA(child))
+
+    return len(found)
 
 
 # -- fairseq2's registries -----------------------------------------------------------

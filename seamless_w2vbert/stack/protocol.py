@@ -63,6 +63,13 @@ class Stack(Protocol):
         ``Wav2Vec2Model`` where ``architecture.pretraining`` is given, else a module
         with ``encoder_frontend`` and ``encoder`` alone."""
 
+    def swap_shaw_attention(self, model: Module) -> int:
+        """Put :func:`attention.shaw_attention` in the place of every
+        ``ShawRelativePositionSDPA``, with the same parameters under the same names.
+
+        :returns: how many there were.
+        """
+
     def load_with_seamless(
         self, name: str, device: torch.device, dtype: torch.dtype
     ) -> Module:

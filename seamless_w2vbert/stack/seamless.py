@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from seamless_w2vbert.architecture import Architecture
+from seamless_w2vbert.attention import shaw_attention
 from seamless_w2vbert.errors import CheckpointError, StackError
 from seamless_w2vbert.stack.protocol import (
     CardCheckpoint,
@@ -226,6 +227,74 @@ def build_model(architecture: Architecture) -> Module:
         return loader.model_factory(config, device=builder.device, dtype=None)
 
     return Wav2Vec2Builder(config, builder, device=builder.device).build_model()
+
+
+# -- attention -----------------------------------------------------------------------
+
+
+class LinearShawSDPA(SDPA):
+    """fairseq2's ``ShawRelativePositionSDPA`` in linear memory."""
+
+    def __init__(self, stock: ShawRelativePositionSDPA) -> None:
+        super().__init__()
+        self.rel_k_embed = stock.rel_k_embed
+        self.max_left_rel_pos = stock.max_left_rel_pos
+        self.max_right_rel_pos = stock.max_right_rel_pos
+        # In a tuple, so that its parameters do not count twice.
+        self._stock = (stock,)
+
+    def forward(
+        self,
+        seqs: Tensor,
+        keys: Tensor,
+        key_padding_mask: PaddingMask | None,
+        values: Tensor,
+        *,
+        attn_mask: Any = None,
+        needs_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        (stock,) = self._stock
+        dropout = getattr(stock.inner_sdpa, "attn_dropout_p", 0.0)
+
+        if (
+            needs_weights
+            or attn_mask is not None
+            or seqs.size(2) != keys.size(2)
+            or (self.training and dropout > 0.0)
+        ):
+            return stock(
+                seqs,
+                keys,
+                key_padding_mask,
+                values,
+                attn_mask=attn_mask,
+                needs_weights=needs_weights,
+            )
+
+        attended = shaw_attention(
+            seqs,
+            keys,
+            values,
+            self.rel_k_embed.weight,
+            self.max_left_rel_pos,
+            None if key_padding_mask is None else key_padding_mask.materialize(),
+        )
+
+        return attended, None
+
+
+def swap_shaw_attention(model: Module) -> int:
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, ShawRelativePositionSDPA) and child.rel_v_embed is None
+    ]
+
+    for module, name, child in found:
+        setattr(module, name, LinearShawSDPA(child))
+
+    return len(found)
 
 
 # -- fairseq2's registries -----------------------------------------------------------

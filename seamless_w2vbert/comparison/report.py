@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from seamless_w2vbert.compare import Comparison, Example, StageResult
+from seamless_w2vbert.comparison import Comparison, Example, StageResult
 from seamless_w2vbert.constants import (
     FBANK_SHIFT,
     FBANK_STRIDE,

@@ -21,13 +21,13 @@ from reference import (
 from seamless_w2vbert import ArgumentError, SpeechEncoderPipeline, Waveform, stack
 from seamless_w2vbert.architecture import Architecture
 from seamless_w2vbert.batch import FbankBatch
-from seamless_w2vbert.compare import Tolerance, compare
-from seamless_w2vbert.compare.measure import (
+from seamless_w2vbert.comparison import Tolerance, compare
+from seamless_w2vbert.comparison.measure import (
     Meter,
     default_tolerances,
     set_tolerances,
 )
-from seamless_w2vbert.compare.report import render
+from seamless_w2vbert.comparison.report import render
 
 DEEP = Architecture(num_layers=12, model_dim=48, num_heads=3, ffn_inner_dim=96)
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from seamless_w2vbert import stack
-from seamless_w2vbert.compare import sides
-from seamless_w2vbert.compare.measure import (
+from seamless_w2vbert.comparison import sides
+from seamless_w2vbert.comparison.measure import (
     Difference,
     Meter,
     Tolerance,
     default_tolerances,
 )
-from seamless_w2vbert.compare.sides import (
+from seamless_w2vbert.comparison.sides import (
     PackageSide,
     Side,
     StoredSide,

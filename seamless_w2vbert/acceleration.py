@@ -1,0 +1,97 @@
+"""A loaded model -> the same model with attention that scales.
+
+Comes in: this package's model, seamless_communication's (UnitY included), or one of
+Transformers. Goes out: the same object, whose Shaw attention is
+:func:`attention.shaw_attention`. Parameters and their names stay.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.nn import Module
+
+from seamless_w2vbert import stack
+from seamless_w2vbert.attention import shaw_attention
+from seamless_w2vbert.errors import ArgumentError
+
+ModuleT = TypeVar("ModuleT", bound=Module)
+
+
+def accelerate(model: ModuleT) -> ModuleT:
+    """Swap the Shaw attention of ``model`` for one in linear memory, in place.
+
+    Results stay the same but for rounding, and gradients flow. Where a call asks for
+    attention weights, for dropout in attention or for an attention mask of its own,
+    the stock implementation answers it as before.
+
+    :param model: any module with fairseq2's ``ShawRelativePositionSDPA`` or
+        Transformers' ``Wav2Vec2BertSelfAttention`` in it.
+    :returns: ``model`` itself.
+    :raises ArgumentError: if there is no such attention in it.
+    """
+    swapped = 0
+
+    for module in list(model.modules()):
+        if _is_transformers_attention(module):
+            stock = type(module).forward
+            module.forward = MethodType(_transformers_forward(stock), module)
+            swapped += 1
+
+    if swapped == 0:
+        swapped = stack.load().swap_shaw_attention(model)
+
+    if swapped == 0:
+        raise ArgumentError(
+            f"{type(model).__name__} has no Shaw relative attention to accelerate."
+        )
+
+    return model
+
+
+def _is_transformers_attention(module: Module) -> bool:
+    return (
+        type(module).__name__ == "Wav2Vec2BertSelfAttention"
+        and getattr(module, "position_embeddings_type", None) == "relative_key"
+    )
+
+
+def _transformers_forward(stock: Any) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        relative_position_embeddings: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if output_attentions or (self.training and self.dropout.p > 0):
+            result: tuple[Tensor, Tensor | None] = stock(
+                self,
+                hidden_states,
+                attention_mask,
+                relative_position_embeddings,
+                output_attentions,
+            )
+            return result
+
+        # (N, S, M) -> (N, H, S, K)
+        q, k, v = (
+            linear(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for linear in (self.linear_q, self.linear_k, self.linear_v)
+        )
+        # The mask is additive, (N, 1, S, S), and the same for each query.
+        keep = None if attention_mask is None else attention_mask[:, 0, 0] == 0
+        attended = shaw_attention(
+            q,
+            k,
+            v,
+            self.distance_embedding.weight.to(q.dtype),
+            self.left_max_position_embeddings,
+            keep,
+        )
+        # (N, H, S, K) -> (N, S, M)
+        return self.linear_out(attended.transpose(1, 2).flatten(-2)), None
+
+    return forward

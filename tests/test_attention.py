@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import (
+    hidden_states_from_fbanks,
+    relative_difference,
+    transformers_config,
+    transformers_twin,
+)
+from transformers import Wav2Vec2BertForCTC
+
+from seamless_w2vbert import (
+    ArgumentError,
+    SpeechEncoderPipeline,
+    accelerate,
+    attention,
+    load_conformer_shaw_model,
+)
+from seamless_w2vbert.architecture import TINY
+from seamless_w2vbert.attention import shaw_attention
+
+
+def plain(q, k, v, table, left, keep=None):
+    """The formula as it is written, every pair of positions looked up."""
+    positions = torch.arange(q.size(2))
+    relative = positions - positions.unsqueeze(1)
+    relative = relative.clamp(-left, table.size(0) - 1 - left) + left
+    scores = q @ k.transpose(2, 3) + torch.einsum("nhsk,stk->nhst", q, table[relative])
+    scores = scores / q.size(-1) ** 0.5
+    if keep is not None:
+        scores = scores.masked_fill(~keep[:, None, None], float("-inf"))
+    return scores.softmax(dim=-1) @ v
+
+
+def draw(n, heads, positions, width, relative, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(n, heads, positions, width, generator=generator).double()
+        for _ in range(3)
+    )
+    return q, k, v, torch.randn(relative, width, generator=generator).double()
+
+
+@pytest.fixture(params=[1, 3_000, 4 * 2**20], ids=["small blocks", "blocks", "whole"])
+def block(request, monkeypatch):
+    monkeypatch.setattr(attention, "_MAX_SCORES", request.param)
+
+
+@pytest.mark.usefixtures("block")
+def test_every_length_around_the_window_and_block_edges_is_exact():
+    for positions in range(1, 201):
+        q, k, v, table = draw(1, 2, positions, 4, 73, seed=positions)
+        actual = shaw_attention(q, k, v, table, 64)
+        torch.testing.assert_close(actual, plain(q, k, v, table, 64))
+
+
+@given(
+    n=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    positions=st.integers(1, 120),
+    width=st.integers(1, 9),
+    left=st.integers(0, 90),
+    right=st.integers(0, 90),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_window_and_padding_is_exact(
+    n, heads, positions, width, left, right, seed
+):
+    q, k, v, table = draw(n, heads, positions, width, left + 1 + right, seed)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, positions + 1, (n,), generator=generator)
+    keep = torch.arange(positions) < lengths.unsqueeze(1)
+
+    actual = shaw_attention(q, k, v, table, left, keep)
+    torch.testing.assert_close(actual, plain(q, k, v, table, left, keep))
+
+
+@pytest.mark.usefixtures("block")
+def test_gradients_are_those_of_the_plain_formula():
+    inputs = [t.requires_grad_() for t in draw(2, 2, 40, 3, 13)]
+    keep = torch.arange(40) < torch.tensor([[40], [25]])
+
+    gradients = []
+    for attend in (shaw_attention, plain):
+        output = attend(*inputs, 8, keep)
+        gradients.append(torch.autograd.grad(output.sin().sum(), inputs))
+
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_window_outside_its_table_is_refused():
+    q, k, v, table = draw(1, 1, 5, 2, 4)
+    for left in (-1, 4):
+        with pytest.raises(ValueError, match="4 relative positions"):
+            shaw_attention(q, k, v, table, left)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_accelerated_model_is_the_same_model(tiny, clips, dtype):
+    stock = load_conformer_shaw_model("tiny-random", dtype=dtype)
+    fast = accelerate(load_conformer_shaw_model("tiny-random", dtype=dtype))
+    assert fast.state_dict().keys() == stock.state_dict().keys()
+    assert sum(1 for _ in fast.parameters()) == sum(1 for _ in stock.parameters())
+
+    actual = SpeechEncoderPipeline(fast)(clips, layers=range(4))
+    expected = SpeechEncoderPipeline(stock)(clips, layers=range(4))
+    bound = 1e-5 if dtype == torch.float32 else 5e-2
+    for layer in range(4):
+        for row, length in enumerate(actual.lengths.tolist()):
+            assert (
+                relative_difference(
+                    actual.hidden_states[layer][row, :length],
+                    expected.hidden_states[layer][row, :length],
+                )
+                < bound
+            )
+
+
+def test_an_accelerated_model_of_transformers_is_the_same_model(tiny, clips):
+    fbanks = [tiny.fbank(tiny.decode(clip)) for clip in clips]
+    stock = transformers_twin(tiny.module, TINY)
+    fast = accelerate(copy.deepcopy(stock))
+
+    expected = hidden_states_from_fbanks(stock, fbanks)
+    actual = hidden_states_from_fbanks(fast, fbanks)
+    for layer in range(4):
+        for one, other in zip(actual[layer], expected[layer], strict=True):
+            assert relative_difference(one, other) < 1e-5
+
+    # What the fast path does not give is given by the stock one.
+    features = fbanks[0][:98].reshape(1, 49, 160)
+    weights = fast(features, output_attentions=True).attentions
+    assert weights[0].shape == (1, 8, 49, 49)
+
+
+def test_a_task_head_of_transformers_trains_the_same(small_architecture):
+    torch.manual_seed(0)
+    config = transformers_config(
+        small_architecture,
+        vocab_size=6,
+        hidden_dropout=0.0,
+        final_dropout=0.0,
+        conformer_conv_dropout=0.0,
+        apply_spec_augment=False,
+    )
+    stock = Wav2Vec2BertForCTC(config).train()
+    fast = accelerate(copy.deepcopy(stock))
+    features = torch.randn(2, 90, 160)
+    mask = (torch.arange(90) < torch.tensor([[90], [61]])).long()
+
+    for model in (stock, fast):
+        model(
+            features, attention_mask=mask, labels=torch.ones(2, 4).long()
+        ).loss.backward()
+
+    for one, other in zip(fast.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_without_shaw_attention_is_refused():
+    with pytest.raises(ArgumentError, match="Linear has no Shaw relative attention"):
+        accelerate(torch.nn.Linear(2, 2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from seamless_w2vbert import compare
+from seamless_w2vbert import SeamlessW2vBertError, compare
 from seamless_w2vbert.comparison.report import render
 
 
@@ -31,4 +31,9 @@ def main(model: str, *audio: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except SeamlessW2vBertError as ex:
+        sys.exit(str(ex))

@@ -17,7 +17,11 @@ from seamless_w2vbert import SpeechEncoderPipeline
 SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".au"}
 
 
-def main(folder: str, model: str = "conformer_shaw", layer: str = "-1") -> None:
+def main(folder: str, model: str = "conformer_shaw", layer: str = "-1") -> int:
+    if not Path(folder).is_dir():
+        sys.exit(f"{folder}: there is no such folder.")
+
+    failed = 0
     pipeline = SpeechEncoderPipeline.from_pretrained(model)
     paths = (
         path
@@ -29,12 +33,17 @@ def main(folder: str, model: str = "conformer_shaw", layer: str = "-1") -> None:
     for item in pipeline.stream(paths, layers=int(layer), on_error="return"):
         if item.error is not None:
             print(item.error, file=sys.stderr)
+            failed += 1
             continue
 
         (hidden,) = item.hidden_states.values()
         np.save(f"{item.id}.npy", hidden.numpy())
         print(f"{item.id}: {len(hidden)} frames")
 
+    return 1 if failed else 0
+
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if not 2 <= len(sys.argv) <= 4:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))

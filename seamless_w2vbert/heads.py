@@ -223,7 +223,7 @@ class CTCHead(Module):
         except ImportError:
             raise ArgumentError(
                 "Decoding to text takes Transformers' tokenizers: "
-                "`pip install 'seamless_w2vbert[transformers]'`."
+                "`pip install '.[transformers]'`."
             ) from None
 
         try:

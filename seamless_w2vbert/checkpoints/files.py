@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -200,7 +201,10 @@ def _is_compressed(file: Path) -> bool:
 def _first_line(ex: Exception) -> str:
     text = str(ex).strip() or type(ex).__name__
 
-    # torch wraps the cause in advice; the line with the cause is what helps.
+    # torch wraps the cause in advice on how to run it all the same.
+    if match := re.search(r"Unsupported \w+ [\w.]+|GLOBAL [\w.]+", text):
+        return match[0]
+
     for line in text.splitlines():
         if "Unsupported" in line or "WeightsUnpickler error" in line:
             return line.strip().rstrip(".")

@@ -107,7 +107,7 @@ def _check_report(report: Path) -> None:
     if find_spec("matplotlib") is None:
         raise ArgumentError(
             "--report draws with matplotlib, which is not installed: "
-            "`pip install 'seamless_w2vbert[report]'`."
+            "`pip install '.[report]'`."
         )
 
 
@@ -124,16 +124,39 @@ def _print_table(comparison: Comparison) -> None:
         caption_justify="left",
     )
 
-    table.add_column("stage", no_wrap=True)
-    for heading in ("largest", "mean", "cosine", "worst", "same: largest", "mean"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("where largest", overflow="fold")
-    table.add_column("", no_wrap=True)
+    console = Console(markup=False, highlight=False)
+    # Numbers are never cut short: where there is no room, columns go.
+    shown = [n for n, (_, width) in enumerate(_COLUMNS) if console.width >= width]
+
+    for number in shown:
+        heading, _ = _COLUMNS[number]
+        text = heading in ("stage", "where largest")
+        table.add_column(
+            heading,
+            justify="left" if text else "right",
+            no_wrap=heading != "where largest",
+            overflow="fold",
+        )
 
     for stage in comparison.stages:
-        table.add_row(*_row(stage))
+        row = _row(stage)
+        table.add_row(*(row[number] for number in shown))
 
-    Console(markup=False, highlight=False).print(table)
+    console.print(table)
+
+
+# Each column, and the width of a terminal from which on it is shown.
+_COLUMNS = (
+    ("stage", 0),
+    ("largest", 0),
+    ("mean", 0),
+    ("cosine", 100),
+    ("worst", 100),
+    ("same: largest", 0),
+    ("mean", 0),
+    ("where largest", 120),
+    ("", 0),
+)
 
 
 def _row(stage: StageResult) -> list[str]:

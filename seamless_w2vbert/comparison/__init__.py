@@ -132,6 +132,8 @@ class Comparison:
 
         if first is None:
             worst = max(self.stages, key=lambda stage: stage.own.max_relative)
+            if worst.own.max_abs == 0:
+                return "Within tolerance at every stage: the two are identical."
             return (
                 f"Within tolerance at every stage; the largest difference is "
                 f"{worst.own.max_relative:.1e} of the signal, at {worst.stage}."
@@ -348,7 +350,9 @@ class _Comparing:
         samples = left.waveform(file), right.waveform(file)
         self._measure("waveform", "own", *samples, file)
 
-        fbanks = both("fbank", lambda side, given: _even(side.fbank(given)), *samples)
+        fbanks = both(
+            "fbank", lambda side, given: _even(side.fbank(given, file)), *samples
+        )
         both("pad", _padded, *fbanks)
         both("frontend", lambda side, given: side.frontend(given), *fbanks)
 
@@ -445,7 +449,7 @@ def _compare_stored(
 def _computed(
     side: Any, file: str, wanted: set[int | None]
 ) -> dict[int | None, Tensor]:
-    states, final = side.hidden_states(side.fbank(side.waveform(file)))
+    states, final = side.hidden_states(side.fbank(side.waveform(file), file))
     found: dict[int | None, Tensor] = {**dict(enumerate(states)), None: final}
 
     return {number: seqs for number, seqs in found.items() if number in wanted}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from seamless_w2vbert import encoder, stack
+from seamless_w2vbert.audio import Waveform
 from seamless_w2vbert.batch import FbankBatch, HiddenBatch
 from seamless_w2vbert.checkpoints.names import transformers_name
 from seamless_w2vbert.constants import (
@@ -43,8 +44,8 @@ class Side(Protocol):
     def waveform(self, path: str) -> Tensor:
         """Decode to (samples,), mono at 16 kHz."""
 
-    def fbank(self, samples: Tensor) -> Tensor:
-        """(samples,) -> (frames, 80)"""
+    def fbank(self, samples: Tensor, file: str) -> Tensor:
+        """(samples,) -> (frames, 80); ``file`` is for messages."""
 
     def pad(self, fbanks: list[Tensor]) -> Tensor:
         """[(frames, 80)] -> (N, S, 80), padding included."""
@@ -75,8 +76,8 @@ class PackageSide:
     def waveform(self, path: str) -> Tensor:
         return self.pipeline.decode(path).samples
 
-    def fbank(self, samples: Tensor) -> Tensor:
-        return self.pipeline.fbank(self.pipeline.decode(samples))
+    def fbank(self, samples: Tensor, file: str) -> Tensor:
+        return self.pipeline.fbank(Waveform(samples, source=file))
 
     def pad(self, fbanks: list[Tensor]) -> Tensor:
         return self.pipeline.pad(fbanks).seqs
@@ -147,7 +148,7 @@ class TransformersSide:
 
         return torch.from_numpy(mono)
 
-    def fbank(self, samples: Tensor) -> Tensor:
+    def fbank(self, samples: Tensor, file: str) -> Tensor:
         # Without padding: an odd last frame is dropped, as it is of no use.
         features = self.extractor(
             samples.numpy(),
@@ -320,7 +321,7 @@ def _import_transformers() -> Any:
     except ImportError:
         raise ArgumentError(
             "Comparing with Transformers needs it installed: "
-            "`pip install 'seamless_w2vbert[transformers]'`."
+            "`pip install '.[transformers]'`."
         ) from None
 
     return transformers

@@ -25,7 +25,7 @@ _MODULES = {"0.2": "seamless", "0.8": "current"}
 
 _INSTALL_HINT = (
     "install one with `pip install seamless_w2vbert` (fairseq2 0.8) or "
-    "`pip install 'seamless_w2vbert[seamless]'` (fairseq2 0.2, beside "
+    "`pip install '.[seamless]'` (fairseq2 0.2, beside "
     "seamless_communication)"
 )
 

@@ -346,7 +346,7 @@ checkpoints."""
 def load_with_seamless(name: str, device: torch.device, dtype: torch.dtype) -> Module:
     raise StackError(
         "seamless_communication runs on fairseq2 0.2 alone; install it in an "
-        "environment of its own, with `pip install 'seamless_w2vbert[seamless]'` "
+        "environment of its own, with `pip install '.[seamless]'` "
         "and as its project page says."
     )
 

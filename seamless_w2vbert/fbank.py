@@ -6,6 +6,9 @@ from fairseq2's ``WaveformToFbankConverter`` set as seamless_communication sets 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -27,13 +30,40 @@ from seamless_w2vbert.errors import AudioError
 
 @cache
 def _converter() -> Any:
-    return stack.load().WaveformToFbankConverter(
+    converter = stack.load().WaveformToFbankConverter(
         num_mel_bins=NUM_MEL_BINS,
         waveform_scale=WAVEFORM_SCALE,
         channel_last=True,
         standardize=True,
         dtype=torch.float32,
     )
+
+    # fairseq2n computes frames in parallel, and its Fourier transform fills its tables
+    # in on first use, unguarded. One frame first, and nobody meets half-filled ones.
+    one_frame = torch.zeros(FBANK_WINDOW, 1)
+    with _silent_stderr():  # torch warns of the variance of a single frame
+        converter({"waveform": one_frame, "sample_rate": SAMPLING_RATE})
+
+    return converter
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Send what native code writes to stderr nowhere."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # the process was started without one
+        yield
+        return
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def fbank(waveform: Waveform) -> Tensor:

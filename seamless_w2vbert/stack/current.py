@@ -52,6 +52,7 @@ from seamless_w2vbert.stack.protocol import (
     CardCheckpoint,
     SpeechEncoder,
     lengths_tensor,
+    replace_shaw,
 )
 
 NAME: Final = "current"
@@ -282,17 +283,7 @@ class LinearShawSDPA(SDPA):
 
 
 def swap_shaw_attention(model: Module) -> int:
-    found = [
-        (module, name, child)
-        for module in model.modules()
-        for name, child in module.named_children()
-        if isinstance(child, ShawRelativePositionSDPA) and child.rel_v_embed is None
-    ]
-
-    for module, name, child in found:
-        setattr(module, name, LinearShawSDPA(child))
-
-    return len(found)
+    return replace_shaw(model, ShawRelativePositionSDPA, LinearShawSDPA)
 
 
 # -- fairseq2's registries -----------------------------------------------------------

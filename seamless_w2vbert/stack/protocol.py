@@ -9,7 +9,7 @@ rest of the package never meets a ``PaddingMask`` (0.2) or a ``BatchLayout`` (0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,6 +95,24 @@ class SpeechEncoder(Module):
         super().__init__()
         self.encoder_frontend = encoder_frontend
         self.encoder = encoder
+
+
+def replace_shaw(
+    model: Module, stock: type[Module], replacement: Callable[[Any], Module]
+) -> int:
+    """Put ``replacement(child)`` in the place of every ``stock`` child that has no
+    relative values, and return how many there were."""
+    found = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, stock) and child.rel_v_embed is None
+    ]
+
+    for module, name, child in found:
+        setattr(module, name, replacement(child))
+
+    return len(found)
 
 
 def lengths_tensor(lengths: list[int] | Tensor) -> Tensor:

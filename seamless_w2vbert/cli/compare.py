@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -161,14 +161,6 @@ _COLUMNS = (
 
 def _row(stage: StageResult) -> list[str]:
     own, same = stage.own, stage.same
-    place: Any = own.worst
-    where = (
-        own.shape_mismatch
-        or f"{place.file} frame {place.frame} ({place.seconds:.2f} s) "
-        f"dim {place.dimension}"
-        if own.shape_mismatch or (place is not None and own.max_abs > 0)
-        else ""
-    )
 
     return [
         stage.stage,
@@ -178,6 +170,6 @@ def _row(stage: StageResult) -> list[str]:
         f"{own.cosine_worst:.6f}",
         "" if same is None else f"{same.max_relative:.1e}",
         "" if same is None else f"{same.mean_relative:.1e}",
-        where,
+        own.where,
         "ok" if stage.passed else "DIFFERS",
     ]

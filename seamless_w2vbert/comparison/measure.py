@@ -58,6 +58,21 @@ class Difference:
     shape_mismatch: str | None
     """Set where one side has more frames or dimensions than the other."""
 
+    @property
+    def where(self) -> str:
+        """Where the two differ most, in words; empty where they do not."""
+        if self.shape_mismatch is not None:
+            return self.shape_mismatch
+        if self.worst is None or self.max_abs == 0:
+            return ""
+
+        place = self.worst
+
+        return (
+            f"{place.file} frame {place.frame} ({place.seconds:.2f} s) "
+            f"dim {place.dimension}"
+        )
+
     def within(self, tolerance: Tolerance) -> bool:
         """Tell whether the difference is tolerable. NaN never is."""
         return (

@@ -155,17 +155,7 @@ def _table(stages: tuple[StageResult, ...]) -> str:
 
 
 def _cells(stage: StageResult) -> tuple[str, ...]:
-    own, same, place = stage.own, stage.same, stage.own.worst
-
-    if own.shape_mismatch is not None:
-        where = own.shape_mismatch
-    elif place is None or own.max_abs == 0:
-        where = ""
-    else:
-        where = (
-            f"{place.file}, frame {place.frame} ({place.seconds:.2f} s), "
-            f"dim {place.dimension}"
-        )
+    own, same = stage.own, stage.same
 
     return (
         stage.stage,
@@ -176,7 +166,7 @@ def _cells(stage: StageResult) -> tuple[str, ...]:
         f"{own.cosine_worst:.6f}",
         "" if same is None else f"{same.max_relative:.1e}",
         "" if same is None else f"{same.mean_relative:.1e}",
-        where,
+        own.where,
     )
 
 

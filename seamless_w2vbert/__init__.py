@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     )
     from seamless_w2vbert.comparison import Comparison as Comparison
     from seamless_w2vbert.comparison import compare as compare
+    from seamless_w2vbert.dumping.merge import merge_dumps as merge_dumps
+    from seamless_w2vbert.dumping.reader import Dump as Dump
+    from seamless_w2vbert.dumping.reader import open_dump as open_dump
+    from seamless_w2vbert.dumping.run import DumpReport as DumpReport
+    from seamless_w2vbert.dumping.run import dump as dump
+    from seamless_w2vbert.dumping.verify import verify_dump as verify_dump
     from seamless_w2vbert.encoder import EncoderOutput as EncoderOutput
     from seamless_w2vbert.errors import ArgumentError as ArgumentError
     from seamless_w2vbert.errors import AudioError as AudioError
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
     from seamless_w2vbert.pipeline import (
         SpeechEncoderPipeline as SpeechEncoderPipeline,
     )
-    from seamless_w2vbert.pipeline import StreamItem as StreamItem
+    from seamless_w2vbert.streaming import StreamItem as StreamItem
 
 __version__ = "0.1.0"
 
@@ -41,6 +47,12 @@ _HOMES = {
     "convert_checkpoint": "checkpoints.convert",
     "Comparison": "comparison",
     "compare": "comparison",
+    "merge_dumps": "dumping.merge",
+    "Dump": "dumping.reader",
+    "open_dump": "dumping.reader",
+    "DumpReport": "dumping.run",
+    "dump": "dumping.run",
+    "verify_dump": "dumping.verify",
     "EncoderOutput": "encoder",
     "ArgumentError": "errors",
     "AudioError": "errors",
@@ -51,7 +63,7 @@ _HOMES = {
     "UntrainedModelWarning": "model",
     "load_conformer_shaw_model": "model",
     "SpeechEncoderPipeline": "pipeline",
-    "StreamItem": "pipeline",
+    "StreamItem": "streaming",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,8 +1,9 @@
 """Audio in any form -> :class:`Waveform`: mono, float32, 16 kHz.
 
-Comes in: a path, bytes, a file object, an array or tensor, or fairseq2's
-``archive:offset:length``. Decoding is fairseq2's ``AudioDecoder``. What stock pipelines
-leave to luck, the channels and the sampling rate, is settled here, once.
+Comes in: a path or URL, bytes, a file object, an array or tensor, fairseq2's
+``archive:offset:length``, or a :class:`Clip` of any of them. Decoding is fairseq2's
+``AudioDecoder``, or soundfile for clips, which it can seek. What stock pipelines leave
+to luck, the channels and the sampling rate, is settled here, once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import io
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -26,7 +29,7 @@ from seamless_w2vbert import stack
 from seamless_w2vbert.constants import SAMPLING_RATE
 from seamless_w2vbert.errors import AudioError
 
-AudioInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | NDArray[Any] | Tensor | Waveform"  # noqa: E501
+AudioInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | NDArray[Any] | Tensor | Waveform | Clip | Deferred"  # noqa: E501
 """Whatever :func:`decode` takes."""
 
 _ARCHIVE_CLIP = re.compile(r"^(?P<file>.+?):(?P<offset>\d+)(:(?P<length>\d+))?$")
@@ -35,6 +38,13 @@ _MAX_ABS_SAMPLE = 1e10
 """Beyond this the power spectrum overflows float32, and no microphone goes there."""
 
 _MAX_CHANNELS = 1024
+
+MAX_OVERSHOOT = 0.5
+"""The seconds that a clip may end behind its file, as Kaldi's ``extract-segments``
+tolerates it: manifests round, and headers of lossy formats are not exact."""
+
+_HEADER_BLOCK = 1 << 16
+"""The bytes that are fetched at a time where only parts of a remote file are read."""
 
 _MAX_FRAMES = 2**40
 """More samples than this no file has: libsndfile says so where it cannot know."""
@@ -79,6 +89,35 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A stretch of a recording. Of files that can be sought only that is decoded."""
+
+    audio: AudioInput
+    """The recording, in any form that :func:`decode` takes."""
+
+    start: float = 0.0
+    """Where it begins, in seconds."""
+
+    end: float | None = None
+    """Where it ends, in seconds; None for the end of the recording. Up to half a
+    second behind it is taken for its end."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """Audio that another library decodes, once it is asked for."""
+
+    load: Callable[[], NDArray[Any]]
+    """Gives the samples, in a form that :func:`decode` takes; picklable."""
+
+    info: AudioInfo
+    """What is known of them before."""
+
+    source: str
+    """What messages call it."""
+
+
+@dataclass(frozen=True)
 class AudioInfo:
     """What an input says of itself before it is decoded."""
 
@@ -99,31 +138,36 @@ def decode(audio: AudioInput, *, sampling_rate: int | None = None) -> Waveform:
     quality setting. Integer arrays are scaled to [-1, 1] by the range of their type.
 
     :param audio:
-        A path; the bytes of an audio file or an open binary file; a NumPy array or
-        tensor of shape (samples,) or (channels, samples); or ``"file:offset:length"``,
-        fairseq2's notation for a clip inside an uncompressed archive, in bytes
-        (``length`` may be left out). WAV, FLAC, Ogg (Vorbis, Opus), MP3, AIFF, AU
-        and whatever else libsndfile reads.
+        A path, or a URL that fsspec knows; the bytes of an audio file or an open
+        binary file; a NumPy array or tensor of shape (samples,) or (channels,
+        samples); ``"file:offset:length"``, fairseq2's notation for a clip inside an
+        uncompressed archive, in bytes (``length`` may be left out); or a
+        :class:`Clip` of one of them, in seconds. WAV, FLAC, Ogg (Vorbis, Opus), MP3,
+        AIFF, AU and whatever else libsndfile reads.
     :param sampling_rate:
         The rate of an array or tensor in Hz; 16,000 if None. Files carry their own.
 
     :raises AudioError: if ``audio`` cannot be read or decoded, is truncated, or has
-        samples that are not finite.
+        samples that are not finite; if a clip is not within its recording. Where the
+        operating system could not read it, ``__cause__`` is its ``OSError``.
     """
     if isinstance(audio, Waveform):
         return audio
 
+    source = name_of(audio)
+
     if isinstance(audio, (np.ndarray, Tensor)):
-        source = f"<{'tensor' if isinstance(audio, Tensor) else 'array'}>"
         channels = _channels_of_array(audio, source)
         rate = _check_rate(sampling_rate, source)
+    elif isinstance(audio, Clip):
+        channels, rate = _decode_clip(audio, sampling_rate)
+    elif isinstance(audio, Deferred):
+        _check_no_rate(sampling_rate, source)
+        channels = _channels_of_array(_load(audio), source)
+        rate = audio.info.sampling_rate
     else:
         data, source = _read(audio)
-        if sampling_rate is not None:
-            raise AudioError(
-                f"{source}: `sampling_rate` was given, but files carry their own; "
-                "leave it out."
-            )
+        _check_no_rate(sampling_rate, source)
         channels, rate = _decode_file(data, source)
 
     mono = _to_mono(channels, source)
@@ -144,6 +188,14 @@ def inspect(audio: AudioInput, *, sampling_rate: int | None = None) -> AudioInfo
     if isinstance(audio, Waveform):
         return AudioInfo(len(audio.samples), SAMPLING_RATE, 1)
 
+    if isinstance(audio, Deferred):
+        return audio.info
+
+    if isinstance(audio, Clip):
+        info = inspect(audio.audio, sampling_rate=sampling_rate)
+        first, last = _bounds(audio, info.samples, SAMPLING_RATE)
+        return replace(info, samples=last - first)
+
     if sampling_rate is not None:
         sampling_rate = _check_rate(sampling_rate, name_of(audio))
 
@@ -153,23 +205,12 @@ def inspect(audio: AudioInput, *, sampling_rate: int | None = None) -> AudioInfo
         length = int(audio.shape[-1]) if audio.ndim else 0
         return AudioInfo(_resampled_length(length, rate), rate, channels)
 
-    opened: bytes | io.BytesIO
-    if isinstance(audio, (str, os.PathLike)) and os.path.isfile(audio):
-        source = os.fsdecode(audio)
-        opened = os.fsencode(audio)  # a name need not be UTF-8
-    else:
-        data, source = _read(audio)
-        opened = io.BytesIO(data)
-
-    try:
-        with soundfile.SoundFile(opened) as file:
-            return AudioInfo(
-                _resampled_length(file.frames, file.samplerate),
-                file.samplerate,
-                file.channels,
-            )
-    except (soundfile.LibsndfileError, OSError, TypeError) as ex:
-        raise _cannot_decode(source, ex) from None
+    with _open(audio) as file:
+        return AudioInfo(
+            _resampled_length(file.frames, file.samplerate),
+            file.samplerate,
+            file.channels,
+        )
 
 
 def rereadable(audio: Any) -> Any:
@@ -178,6 +219,10 @@ def rereadable(audio: Any) -> Any:
 
     :raises AudioError: if it cannot be read.
     """
+    if isinstance(audio, Clip):
+        inner = rereadable(audio.audio)
+        return audio if inner is audio.audio else replace(audio, audio=inner)
+
     is_path = isinstance(audio, (str, os.PathLike))
 
     if hasattr(audio, "read") or (
@@ -195,8 +240,11 @@ def is_array(audio: AudioInput) -> bool:
 
 def name_of(audio: AudioInput) -> str:
     """Return what messages call ``audio``: its path, or the kind of object it is."""
-    if isinstance(audio, (Waveform, Encoded)):
+    if isinstance(audio, (Waveform, Encoded, Deferred)):
         return audio.source
+    if isinstance(audio, Clip):
+        end = "" if audio.end is None else audio.end
+        return f"{name_of(audio.audio)}#{audio.start}-{end}"
     if isinstance(audio, (str, os.PathLike)):
         return os.fsdecode(audio)
     if isinstance(audio, Tensor):
@@ -205,6 +253,8 @@ def name_of(audio: AudioInput) -> str:
         return "<array>"
     if isinstance(audio, (bytes, bytearray, memoryview)):
         return "<bytes>"
+    if audio is None:
+        return "<null>"
 
     return str(getattr(audio, "name", "<file object>"))
 
@@ -231,6 +281,8 @@ def _read(audio: Any) -> tuple[bytes, str]:
                 f"{source}: reading it gave {type(data).__name__}, not bytes; open "
                 'it in binary mode ("rb").'
             )
+    elif audio is None:
+        raise AudioError("There is no audio: it is null in the manifest.")
     else:
         raise AudioError(
             f"{type(audio).__name__} is not audio; pass a path, bytes, a binary file, "
@@ -246,6 +298,9 @@ def _read(audio: Any) -> tuple[bytes, str]:
 def _read_path(path: str) -> bytes:
     if not path:
         raise AudioError("'' is no path: the name of an audio file is empty.")
+
+    if is_url(path):
+        return _read_url(path)
 
     clip = None if os.path.exists(path) else _ARCHIVE_CLIP.match(path)
 
@@ -265,12 +320,121 @@ def _read_path(path: str) -> bytes:
                     "belong to this archive."
                 )
             file.seek(offset)
+            if length is None:
+                length = _length_of_riff(file.read(12))
+                file.seek(offset)
             return file.read(-1 if length is None else length)
     except OSError as ex:
         hint = "" if clip else " (for a clip in an archive: file:offset:length)"
-        raise AudioError(f"{path}: cannot be read: {ex.strerror}{hint}.") from None
+        # The cause tells a caller whether this file is at fault or the whole storage.
+        raise AudioError(f"{path}: cannot be read: {ex.strerror}{hint}.") from ex
     except ValueError as ex:  # a null byte in the path
         raise AudioError(f"{path!r}: cannot be read: {ex}.") from None
+
+
+def _length_of_riff(header: bytes) -> int | None:
+    """Return the bytes of the WAV file that starts with ``header``, as it says itself:
+    Kaldi's archives hold one behind the other. None where it does not know."""
+    if header[:4] != b"RIFF" or header[8:] != b"WAVE":
+        return None
+
+    size = int.from_bytes(header[4:8], "little")
+
+    # What writes to a pipe claims nothing, or the largest size there is.
+    return 8 + size if 0 < size < 0x7FFF_0000 else None
+
+
+def is_url(path: str) -> bool:
+    """Tell whether ``path`` is a URL, such as ``s3://bucket/a.wav``."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[a-z0-9]+)*://", path) is not None
+
+
+def _read_url(url: str) -> bytes:
+    with _url_errors(url):
+        fs, path = _filesystem(url)
+        clip = _ARCHIVE_CLIP.match(path)
+
+        if clip is None or fs.exists(path):
+            return bytes(fs.cat_file(path))
+
+        file, offset = clip["file"], int(clip["offset"])
+        length = None if clip["length"] is None else int(clip["length"])
+        if length is None:
+            header = fs.cat_file(file, start=offset, end=offset + 12)
+            length = _length_of_riff(header)
+
+        end = None if length is None else offset + length
+        data = bytes(fs.cat_file(file, start=offset, end=end))
+
+    if len(data) < (length or 0):
+        raise AudioError(
+            f"{url}: the clip ends at byte {end:,}, but the archive is shorter; the "
+            "manifest does not belong to this archive."
+        )
+
+    return data
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(url)
+
+    return fs, path
+
+
+@contextmanager
+def _url_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except AudioError:
+        raise
+    # Each filesystem has its own exceptions, and few are an OSError.
+    except Exception as ex:
+        reason = getattr(ex, "strerror", None) or str(ex) or type(ex).__name__
+        raise AudioError(f"{url}: cannot be read: {reason.rstrip('.')}.") from ex
+
+
+@contextmanager
+def _open(audio: Any) -> Iterator[soundfile.SoundFile]:
+    """Open encoded audio such that only what is asked for is read, where that can be.
+
+    :raises AudioError: if it cannot be read, or what is done with it fails.
+    """
+    source = name_of(audio)
+    is_path = isinstance(audio, (str, os.PathLike))
+    opened: Any
+
+    try:
+        if is_path and os.path.isfile(audio):
+            with (
+                open(audio, "rb") as opened,
+                soundfile.SoundFile(opened.fileno(), closefd=False) as file,
+            ):
+                yield file
+        elif is_path and is_url(source) and not _ARCHIVE_CLIP.match(source):
+            with _open_url(source) as opened, soundfile.SoundFile(opened) as file:
+                yield file
+        else:
+            with soundfile.SoundFile(io.BytesIO(_read(audio)[0])) as file:
+                yield file
+    except (soundfile.LibsndfileError, TypeError, ValueError) as ex:
+        raise _cannot_decode(source, ex) from None
+    except OSError as ex:
+        raise AudioError(f"{source}: cannot be read: {ex.strerror or ex}.") from ex
+
+
+@contextmanager
+def _open_url(url: str) -> Iterator[Any]:
+    with _url_errors(url):
+        fs, path = _filesystem(url)
+        opened = fs.open(path, "rb", block_size=_HEADER_BLOCK)
+
+    with opened:
+        if opened.seekable():
+            yield opened
+        else:
+            yield io.BytesIO(_read_url(url))
 
 
 # -- samples -------------------------------------------------------------------------
@@ -297,18 +461,23 @@ def _decode_file(data: bytes, source: str) -> tuple[NDArray[np.float32], int]:
 
 
 def _check_container(data: bytes, source: str) -> None:
-    """Refuse what libsndfile would quietly decode less of than the file claims."""
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            frames, log = file.frames, file.extra_info
-            seconds = frames / file.samplerate
-            if frames > _MAX_FRAMES:
-                raise AudioError(
-                    f"{source}: its header does not say how long it is, as that of a "
-                    "stream; write it anew, for example with `ffmpeg -i IN OUT.flac`."
-                )
+            _check_header(file, source)
     except (soundfile.LibsndfileError, OSError) as ex:
         raise _cannot_decode(source, ex) from None
+
+
+def _check_header(file: soundfile.SoundFile, source: str) -> None:
+    """Refuse what libsndfile would quietly decode less of than the file claims."""
+    frames, log = file.frames, file.extra_info
+    seconds = frames / file.samplerate
+
+    if frames > _MAX_FRAMES:
+        raise AudioError(
+            f"{source}: its header does not say how long it is, as that of a "
+            "stream; write it anew, for example with `ffmpeg -i IN OUT.flac`."
+        )
 
     # libsndfile logs "data : 64000 (should be 32000)" where a header claims more
     # bytes than follow. Streamed files claim the largest size there is.
@@ -318,6 +487,65 @@ def _check_container(data: bytes, source: str) -> None:
         sign in log for sign in _SIGNS_OF_TRUNCATION
     ):
         raise _truncated(source, seconds)
+
+
+def _decode_clip(
+    clip: Clip, sampling_rate: int | None
+) -> tuple[NDArray[np.float32], int]:
+    audio, source = clip.audio, name_of(clip)
+
+    if isinstance(audio, Waveform):
+        audio, sampling_rate = audio.samples, SAMPLING_RATE
+    elif isinstance(audio, Deferred):
+        sampling_rate = audio.info.sampling_rate
+        audio = _load(audio)
+
+    if isinstance(audio, (np.ndarray, Tensor)):
+        channels = _channels_of_array(audio, source)
+        rate = _check_rate(sampling_rate, source)
+        first, last = _bounds(clip, channels.shape[1], rate)
+        return channels[:, first:last], rate
+
+    _check_no_rate(sampling_rate, source)
+
+    with _open(audio) as file:
+        _check_header(file, source)
+        first, last = _bounds(clip, file.frames, file.samplerate)
+        file.seek(first)
+        # (S, C) -> (C, S)
+        channels = file.read(last - first, dtype="float32", always_2d=True).T
+
+        if channels.shape[1] < last - first:
+            raise _truncated(source, (first + channels.shape[1]) / file.samplerate)
+
+        return channels, file.samplerate
+
+
+def _bounds(clip: Clip, frames: int, rate: int) -> tuple[int, int]:
+    """Return the first sample of a clip and the one behind its last."""
+    seconds = frames / rate
+    end = seconds if clip.end is None else clip.end
+
+    if 0 <= clip.start < end <= seconds + MAX_OVERSHOOT:
+        first, last = round(clip.start * rate), min(round(end * rate), frames)
+        if first < last:
+            return first, last
+
+    raise AudioError(
+        f"{name_of(clip)}: there is no such clip in a recording of {seconds:.2f} s; "
+        "expected start and end in seconds."
+    )
+
+
+def _load(audio: Deferred) -> NDArray[Any]:
+    try:
+        return audio.load()
+    except AudioError:
+        raise
+    # Whatever library is behind it, one bad file is no reason to end a dump.
+    except Exception as ex:
+        reason = (str(ex) or type(ex).__name__).splitlines()[0].rstrip(".")
+        raise AudioError(f"{audio.source}: cannot be loaded: {reason}.") from ex
 
 
 def _truncated(source: str, seconds: float) -> AudioError:
@@ -417,6 +645,14 @@ def _resample(mono: NDArray[np.float32], rate: int, source: str) -> NDArray[np.f
     )
 
     return resampled
+
+
+def _check_no_rate(rate: int | None, source: str) -> None:
+    if rate is not None:
+        raise AudioError(
+            f"{source}: `sampling_rate` was given, but files carry their own; "
+            "leave it out."
+        )
 
 
 def _check_rate(rate: Any, source: str) -> int:

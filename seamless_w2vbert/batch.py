@@ -114,25 +114,16 @@ def check_fbank(fbank: Tensor, name: str) -> Tensor:
     return fbank
 
 
-def plan_batches(
-    items: Iterable[tuple[T, int]],
-    *,
-    max_frames: int,
-    max_items: int,
-    window: int,
-) -> Iterator[list[list[T]]]:
-    """Group items of known length into batches that waste little on padding.
+def split_windows(
+    items: Iterable[tuple[T, int]], *, window: int, max_items: int
+) -> Iterator[list[tuple[T, int]]]:
+    """Read items of known length in windows to be sorted, each cut into batches.
 
-    Reads ``items`` a window at a time, sorts the window by length and cuts it where
-    the padded batch would grow over ``max_frames``. Never holds more than one window,
-    so the source may be endless.
+    Never holds more than one window, so the source may be endless.
 
     :param items: (item, length in frames) pairs.
-    :param max_frames: the most frames in a batch, padding included; an item longer
-        than that has a batch of its own.
-    :param max_items: the most items in a batch.
-    :param window: the frames to read before cutting.
-    :returns: for each window its batches, longest first.
+    :param window: the frames in a window.
+    :param max_items: the most items that :func:`cut_batches` is to put in a batch.
     """
     pending: list[tuple[T, int]] = []
     frames = 0
@@ -142,21 +133,30 @@ def plan_batches(
         frames += length
 
         if frames >= window or len(pending) >= 64 * max_items:
-            yield _cut(pending, max_frames, max_items)
+            yield pending
             pending, frames = [], 0
 
     if pending:
-        yield _cut(pending, max_frames, max_items)
+        yield pending
 
 
-def _cut(
-    pending: list[tuple[T, int]], max_frames: int, max_items: int
+def cut_batches(
+    items: Iterable[tuple[T, int]], *, max_frames: int, max_items: int
 ) -> list[list[T]]:
+    """Group items of known length into batches that waste little on padding: sort them
+    by length, and cut where the padded batch would grow over ``max_frames``.
+
+    :param items: (item, length in frames) pairs.
+    :param max_frames: the most frames in a batch, padding included; an item longer
+        than that has a batch of its own.
+    :param max_items: the most items in a batch.
+    :returns: the batches, longest first.
+    """
     batches: list[list[T]] = []
     width = 0
 
     # Longest first: the first of a batch sets its width, and memory peaks early.
-    for item, length in sorted(pending, key=lambda pair: -pair[1]):
+    for item, length in sorted(items, key=lambda pair: -pair[1]):
         full = not batches or len(batches[-1]) == max_items
         if full or (len(batches[-1]) + 1) * width > max_frames:
             batches.append([])

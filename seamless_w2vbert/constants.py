@@ -27,3 +27,6 @@ MIN_SAMPLES: Final = FBANK_WINDOW + FBANK_SHIFT
 
 PAD_VALUE: Final = 1
 """What Seamless and ``facebook/w2v-bert-2.0`` pad fbanks with."""
+
+FRAMES_PER_SECOND: Final = SAMPLING_RATE // (FBANK_SHIFT * FBANK_STRIDE)
+"""Encoder frames in a second: 50."""

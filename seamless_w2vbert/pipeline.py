@@ -8,58 +8,24 @@ plain attributes: call them alone, replace one, or put a step between two.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from seamless_w2vbert import audio, batch, encoder, fbank, stack
+from seamless_w2vbert import audio, batch, encoder, fbank, streaming
 from seamless_w2vbert.audio import AudioInput, Waveform
 from seamless_w2vbert.batch import FbankBatch, HiddenBatch
 from seamless_w2vbert.encoder import EncoderOutput, Layers
-from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
+from seamless_w2vbert.errors import ArgumentError
 from seamless_w2vbert.heads import CTCHead
 from seamless_w2vbert.model import load_conformer_shaw_model
+from seamless_w2vbert.streaming import StreamItem
 
 STAGES = ("decode", "fbank", "pad", "encoder_frontend", "encoder")
 """The stages in order; each is an attribute of :class:`SpeechEncoderPipeline`."""
-
-DEFAULT_MAX_FRAMES = {"cpu": 6_000, "cuda": 48_000}
-"""The padded fbank frames (10 ms) in one batch of a stream, by device: a minute of
-audio keeps two cores busy, eight minutes a GPU."""
-
-UNKNOWN_FRAMES = 3_000
-"""What a stream reckons with where a header does not tell the length: 30 s."""
-
-MIN_WINDOW = 144_000
-"""The fbank frames (24 minutes of audio) that a stream sorts by length at a time."""
-
-
-@dataclass(frozen=True)
-class StreamItem:
-    """One utterance out of :meth:`SpeechEncoderPipeline.stream`."""
-
-    id: str
-    """The id that came with it, else its path, else its position in the stream."""
-
-    index: int
-    """Its position in the stream, from 0."""
-
-    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
-    """The layers asked for, unpadded, on the CPU. *Shape:* (frames, model_dim)."""
-
-    last_hidden_state: Tensor | None = None
-    """The encoder's output, if it was computed, likewise."""
-
-    samples: int = 0
-    """The length of its waveform at 16 kHz."""
-
-    error: SeamlessW2vBertError | None = None
-    """What was wrong with it; None for an utterance that was embedded."""
 
 
 class SpeechEncoderPipeline:
@@ -223,13 +189,17 @@ class SpeechEncoderPipeline:
         if not isinstance(inputs, (list, tuple)):
             inputs = [inputs]  # type: ignore[list-item]
 
-        fbanks = [self._fbank_of(item, sampling_rate)[0] for item in inputs]
+        fbanks = [self.fbank_of(item, sampling_rate)[0] for item in inputs]
 
         return self.encoder(self.encoder_frontend(self.pad(fbanks)), layers=layers)
 
-    def _fbank_of(
-        self, item: AudioInput, sampling_rate: int | None
+    def fbank_of(
+        self, item: AudioInput, sampling_rate: int | None = None
     ) -> tuple[Tensor, Waveform]:
+        """Run the first two stages: (frames, 80), checked, and the waveform it is of.
+
+        :raises AudioError: if the input has no embedding.
+        """
         # The rate is that of arrays; a list may hold files beside them.
         if sampling_rate is None or not audio.is_array(item):
             waveform = self.decode(item)
@@ -251,6 +221,8 @@ class SpeechEncoderPipeline:
         max_frames: int | None = None,
         max_items: int = 64,
         num_workers: int | None = None,
+        chunk: float | None = None,
+        overlap: float = 0.0,
         on_error: Literal["raise", "return"] = "raise",
     ) -> Iterator[StreamItem]:
         """Embed a corpus of any size, in the order it comes in.
@@ -270,6 +242,10 @@ class SpeechEncoderPipeline:
         :param max_items: the most utterances in a batch.
         :param num_workers: batches that are prepared at a time; the number of cores,
             at most 4, if None.
+        :param chunk: where not None, embed recordings longer than this many seconds
+            in chunks, each without the rest of the recording: an approximation.
+        :param overlap: the seconds that chunks overlap by, for context; half of it is
+            trimmed on each side of a seam, so that frames are as many as of the whole.
         :param on_error: ``"raise"`` the first error at its place in the stream, or
             ``"return"`` it as a :class:`StreamItem` with ``error`` set and go on.
         :raises AudioError: if an input has no embedding and ``on_error="raise"``.
@@ -277,221 +253,18 @@ class SpeechEncoderPipeline:
         if on_error not in ("raise", "return"):
             raise ArgumentError(f"`on_error` is {on_error!r}, not 'raise' or 'return'.")
 
-        if _is_one_input(inputs):
+        if streaming.is_one_input(inputs):
             raise ArgumentError("`inputs` is one input; pass a list of them.")
 
-        if layers is not None:
-            layers = encoder.resolve_layers(layers, self.num_layers)
-
-        if max_frames is None:
-            max_frames = DEFAULT_MAX_FRAMES[
-                "cpu" if self.device.type == "cpu" else "cuda"
-            ]
-
-        if num_workers is None:
-            num_workers = min(4, os.cpu_count() or 1)
-
-        for name, value in (
-            ("max_frames", max_frames),
-            ("max_items", max_items),
-            ("num_workers", num_workers),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ArgumentError(
-                    f"`{name}` is {value!r}; expected a count from 1 on."
-                )
-
-        return _Stream(self, layers, sampling_rate).run(
-            inputs, max_frames, max_items, num_workers, on_error
-        )
-
-
-def _is_one_input(inputs: Any) -> bool:
-    one = (str, bytes, bytearray, memoryview, os.PathLike, Waveform)
-
-    return (
-        isinstance(inputs, one)
-        or hasattr(inputs, "read")
-        or not isinstance(inputs, Iterable)
-        or (isinstance(inputs, (np.ndarray, Tensor)) and inputs.ndim < 2)
-    )
-
-
-@dataclass
-class _Utterance:
-    """An input on its way through the stream."""
-
-    index: int
-    id: str
-    audio: AudioInput
-    error: SeamlessW2vBertError | None = None
-    samples: int = 0
-    fbank: Tensor | None = None
-
-
-@dataclass
-class _Load:
-    """A batch to prepare, and the utterances that end with it in input order."""
-
-    utterances: list[_Utterance]
-    fbanks: FbankBatch | None = None
-    is_last_of_window: bool = False
-    failure: BaseException | None = None
-
-
-class _Stream:
-    """One run of :meth:`SpeechEncoderPipeline.stream`."""
-
-    def __init__(
-        self,
-        pipeline: SpeechEncoderPipeline,
-        layers: Layers,
-        sampling_rate: int | None,
-    ) -> None:
-        self._pipeline = pipeline
-        self._layers = layers
-        self._sampling_rate = sampling_rate
-
-    def run(
-        self,
-        inputs: Iterable[Any],
-        max_frames: int,
-        max_items: int,
-        num_workers: int,
-        on_error: str,
-    ) -> Iterator[StreamItem]:
-        loads = self._plan(inputs, max_frames, max_items)
-
-        builder = stack.load().DataPipeline.count().map(lambda _: _next(loads))
-        builder = builder.map(self._prepare, num_parallel_calls=num_workers)
-        reader = builder.prefetch(num_workers).and_return()
-
-        window: list[StreamItem] = []
-
-        for load in reader:
-            if load is None:  # the end of the inputs
-                break
-
-            if load.failure is not None:
-                raise load.failure
-
-            window.extend(self._embed(load))
-
-            if load.is_last_of_window:
-                for item in sorted(window, key=lambda item: item.index):
-                    if item.error is not None and on_error == "raise":
-                        raise item.error
-                    yield item
-                window = []
-
-    def _plan(
-        self, inputs: Iterable[Any], max_frames: int, max_items: int
-    ) -> Iterator[_Load]:
-        windows = batch.plan_batches(
-            self._measure(inputs),
+        run = streaming.Stream(
+            self,
+            layers=layers,
+            sampling_rate=sampling_rate,
             max_frames=max_frames,
             max_items=max_items,
-            window=max(8 * max_frames, MIN_WINDOW),
+            num_workers=num_workers,
+            chunk=chunk,
+            overlap=overlap,
         )
 
-        for batches in windows:
-            for position, utterances in enumerate(batches, start=1):
-                last = position == len(batches)
-                yield _Load(utterances, is_last_of_window=last)
-
-    def _measure(self, inputs: Iterable[Any]) -> Iterator[tuple[_Utterance, int]]:
-        for index, given in enumerate(inputs):
-            if isinstance(given, tuple):
-                if len(given) != 2:
-                    raise ArgumentError(
-                        f"Input {index} is a tuple of {len(given)}, not (id, audio)."
-                    )
-                utterance = _Utterance(index, str(given[0]), given[1])
-            else:
-                name = audio.name_of(given)
-                is_path = isinstance(given, (str, os.PathLike))
-                utterance = _Utterance(index, name if is_path else str(index), given)
-
-            try:
-                utterance.audio = audio.rereadable(utterance.audio)
-                info = audio.inspect(
-                    utterance.audio, sampling_rate=self._rate(utterance)
-                )
-                frames = fbank.num_frames(info.samples)
-            except SeamlessW2vBertError:
-                # Whether it is audio after all is for the decoder to say.
-                frames = UNKNOWN_FRAMES
-
-            yield utterance, frames
-
-    def _rate(self, utterance: _Utterance) -> int | None:
-        return self._sampling_rate if audio.is_array(utterance.audio) else None
-
-    def _prepare(self, load: _Load | None) -> _Load | None:
-        """Decode, compute fbanks and pad: what the worker threads do."""
-        if load is None or load.failure is not None:
-            return load
-
-        pipeline = self._pipeline
-
-        try:
-            for utterance in load.utterances:
-                try:
-                    utterance.fbank, waveform = pipeline._fbank_of(
-                        utterance.audio, self._sampling_rate
-                    )
-                    utterance.samples = len(waveform.samples)
-                except SeamlessW2vBertError as ex:
-                    utterance.error = ex
-
-            fbanks = [u.fbank for u in load.utterances if u.fbank is not None]
-            if fbanks:
-                load.fbanks = pipeline.pad(fbanks)
-                if not isinstance(load.fbanks, FbankBatch):
-                    raise ArgumentError(
-                        f"The stage `pad` returned {type(load.fbanks).__name__}, not "
-                        "FbankBatch."
-                    )
-        except BaseException as ex:  # a replaced stage failed: raise it in the caller
-            load.failure = ex
-
-        return load
-
-    def _embed(self, load: _Load) -> Iterator[StreamItem]:
-        """Run the encoder: what the caller's thread does."""
-        states: Iterator[tuple[dict[int, Tensor], Tensor | None]] = iter(())
-
-        if load.fbanks is not None:
-            hidden = self._pipeline.encoder_frontend(load.fbanks)
-            states = _split(self._pipeline.encoder(hidden, layers=self._layers))
-
-        for utterance in load.utterances:
-            hidden_states, last = ({}, None) if utterance.error else next(states)
-            yield StreamItem(
-                id=utterance.id,
-                index=utterance.index,
-                hidden_states=hidden_states,
-                last_hidden_state=last,
-                samples=utterance.samples,
-                error=utterance.error,
-            )
-
-
-def _next(loads: Iterator[_Load]) -> _Load | None:
-    try:
-        return next(loads, None)
-    except BaseException as ex:  # the caller's iterable failed: raise it in the caller
-        return _Load([], failure=ex)
-
-
-def _split(output: EncoderOutput) -> Iterator[tuple[dict[int, Tensor], Tensor | None]]:
-    """Unpad a batch; copies, so that no item keeps the whole batch alive."""
-    hidden = {number: seqs.cpu() for number, seqs in output.hidden_states.items()}
-    final = None if output.final is None else output.final[0].cpu()
-
-    for row, length in enumerate(output.hidden_lengths.tolist()):
-        states = {number: seqs[row, :length].clone() for number, seqs in hidden.items()}
-        last = None
-        if final is not None:
-            last = final[row, : int(output.lengths[row])].clone()
-        yield states, last
+        return run.items(inputs, raise_errors=on_error == "raise")

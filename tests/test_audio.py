@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import errno
 import io
+import os
+import pickle
 import tarfile
 import wave
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
@@ -13,7 +17,16 @@ import torch
 from reference import SPEECH, mean_cosine, read_mono_16k
 
 from seamless_w2vbert import AudioError
-from seamless_w2vbert.audio import decode, inspect
+from seamless_w2vbert.audio import (
+    AudioInfo,
+    Clip,
+    Deferred,
+    Waveform,
+    decode,
+    inspect,
+    name_of,
+    rereadable,
+)
 
 CONTAINERS = [
     ("wav", "WAV", "PCM_U8"),
@@ -396,3 +409,272 @@ def test_messages_hold_no_stack_of_the_decoder(tmp_path):
     assert "frame #" not in str(error.value)
     assert "BytesIO" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# -- clips ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suffix", "container", "subtype"), CONTAINERS)
+def test_a_clip_is_that_stretch_of_every_container(
+    tmp_path, suffix, container, subtype
+):
+    path = tmp_path / f"a.{suffix}"
+    rate = 48000 if subtype == "OPUS" else 16000
+    soundfile.write(path, tone(rate, 2, 8.0), rate, format=container, subtype=subtype)
+    whole, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    whole = whole.mean(axis=1, dtype=np.float32)
+
+    for start, end in ((0.0, 0.5), (1.2345, 2.5), (6.9, None)):
+        last = None if end is None else round(end * rate)
+        expected = whole[round(start * rate) : last]
+        if rate != 16000:
+            expected = soxr.resample(expected, rate, 16000, quality="HQ")
+        for audio in (path, path.read_bytes()):
+            waveform = decode(Clip(audio, start, end))
+            np.testing.assert_allclose(waveform.samples, expected, atol=1e-6)
+            assert waveform.original_channels == 2
+        assert abs(inspect(Clip(path, start, end)).samples - len(expected)) <= 1
+
+
+def test_only_what_a_clip_needs_is_decoded(tmp_path, monkeypatch):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.zeros(16000 * 60), 16000)
+    read = soundfile.SoundFile.read
+    counts = []
+
+    def counted(self, frames=-1, *args, **kwargs):
+        counts.append(frames)
+        return read(self, frames, *args, **kwargs)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", counted)
+    assert len(decode(Clip(path, 30, 31)).samples) == 16000
+    assert counts == [16000]
+
+
+def test_arrays_and_waveforms_and_clips_in_archives_are_clipped_too(tmp_path):
+    signal = tone(8000, 2, 2.0).T
+    expected = decode(signal[:, 4000:8000], sampling_rate=8000).samples
+    clip = Clip(signal, 0.5, 1.0)
+    assert torch.equal(decode(clip, sampling_rate=8000).samples, expected)
+    assert torch.equal(
+        decode(Clip(torch.from_numpy(signal), 0.5, 1.0), sampling_rate=8000).samples,
+        expected,
+    )
+    assert inspect(clip, sampling_rate=8000).samples == len(expected)
+
+    waveform = Waveform(torch.arange(16000) / 16000)
+    assert torch.equal(
+        decode(Clip(waveform, 0.25, 0.5)).samples, torch.arange(4000, 8000) / 16000
+    )
+
+    soundfile.write(tmp_path / "a.wav", signal.T, 8000, subtype="FLOAT")
+    data = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.bin").write_bytes(b"junk" + data)
+    clip = Clip(f"{tmp_path}/a.bin:4:{len(data)}", 0.5, 1.0)
+    assert torch.equal(decode(clip).samples, expected)
+
+
+@pytest.fixture
+def half_second(tmp_path) -> Path:
+    path = tmp_path / "half.wav"
+    soundfile.write(path, tone(16000, 1, 0.5), 16000, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize("end", [0.5, 0.51, 1.0])
+def test_a_clip_may_end_half_a_second_behind_its_file(half_second, end):
+    whole, _ = soundfile.read(half_second, dtype="float32")
+    samples = decode(Clip(half_second, 0.1, end)).samples
+    np.testing.assert_array_equal(samples, whole[1600:])
+    assert inspect(Clip(half_second, 0.1, end)).samples == len(samples)
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (0.1, 1.01),
+        (0.3, 0.2),
+        (0.2, 0.2),
+        (-0.1, 0.2),
+        (0.5, 0.9),
+        (2.0, None),
+        (0.1, 0.10001),
+        (float("nan"), 0.2),
+        (0.1, float("nan")),
+        (0.1, float("inf")),
+    ],
+)
+def test_a_clip_that_is_not_in_its_file_is_refused(half_second, start, end):
+    for audio in (half_second, half_second.read_bytes(), np.zeros(8000)):
+        with pytest.raises(
+            AudioError, match=r"#.*: there is no such clip.* of 0\.50 s"
+        ):
+            decode(Clip(audio, start, end))
+
+
+def test_a_clip_of_a_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "cut.wav"
+    soundfile.write(path, tone(16000, 1, 3.0), 16000)
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(AudioError, match=r"cut\.wav#0\.5-1\.0: truncated"):
+        decode(Clip(path, 0.5, 1.0))
+
+
+def test_a_clip_of_what_is_no_audio_is_refused(tmp_path):
+    path = tmp_path / "a.wav"
+    with pytest.raises(AudioError, match="No such file"):
+        decode(Clip(path))
+    path.write_bytes(b"no audio")
+    with pytest.raises(AudioError, match=r"a\.wav: cannot be decoded"):
+        decode(Clip(path))
+    with pytest.raises(AudioError, match="files carry their own"):
+        decode(Clip(SPEECH), sampling_rate=16000)
+
+
+def test_a_clip_has_a_name_and_can_be_read_again_and_sent(half_second):
+    clip = Clip(str(half_second), 0.125, 0.25)
+    assert name_of(clip) == f"{half_second}#0.125-0.25"
+    assert name_of(Clip(b"")) == "<bytes>#0.0-"
+    assert rereadable(clip) is clip
+    assert pickle.loads(pickle.dumps(clip)) == clip
+
+    again = rereadable(Clip(io.BytesIO(half_second.read_bytes()), 0.125, 0.25))
+    for _ in range(2):
+        assert torch.equal(decode(again).samples, decode(clip).samples)
+
+
+# -- audio from elsewhere ------------------------------------------------------------
+
+
+class CountedFile(fsspec.spec.AbstractBufferedFile):
+    def _fetch_range(self, start, end):
+        self.fs.fetched += end - start
+        return self.fs.files[self.path][start:end]
+
+
+class CountedFileSystem(fsspec.AbstractFileSystem):
+    """A remote filesystem that counts the bytes it hands out."""
+
+    protocol = "counted"
+    cachable = True
+    fetched = 0
+    files: dict[str, bytes] = {}  # noqa: RUF012
+
+    def info(self, path, **kwargs):
+        path = self._strip_protocol(path)
+        if path not in self.files:
+            raise FileNotFoundError(2, "No such file", path)
+        return {"name": path, "size": len(self.files[path]), "type": "file"}
+
+    def _open(self, path, mode="rb", block_size=None, **kwargs):
+        return CountedFile(self, path, mode, block_size or 50 << 20, **kwargs)
+
+
+@pytest.fixture
+def counted(half_second):
+    fsspec.register_implementation("counted", CountedFileSystem, clobber=True)
+    fs = fsspec.filesystem("counted")
+    fs.files.clear()
+    yield fs
+    fs.fetched = 0
+
+
+def test_audio_behind_a_url_is_read(counted, half_second):
+    data = half_second.read_bytes()
+    expected = decode(half_second).samples
+    counted.files.update({"b/a.wav": data, "b/a.tar": b"junk" + data + b"junk"})
+
+    assert torch.equal(decode("counted://b/a.wav").samples, expected)
+    assert torch.equal(decode("counted://b/a.tar:4").samples, expected)
+    assert torch.equal(decode(f"counted://b/a.tar:4:{len(data)}").samples, expected)
+    assert torch.equal(decode(f"file://{half_second}").samples, expected)
+    assert torch.equal(
+        decode(Clip("counted://b/a.wav", 0.25, 0.375)).samples, expected[4000:6000]
+    )
+    with pytest.raises(AudioError, match=r"a\.tar:4:99999999: .* archive is shorter"):
+        decode("counted://b/a.tar:4:99999999")
+    with pytest.raises(AudioError, match=r"counted://b/none\.wav: cannot be read"):
+        decode("counted://b/none.wav")
+    with pytest.raises(AudioError, match="nosuch://b/a: cannot be read: Protocol not"):
+        decode("nosuch://b/a")
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_of_a_long_file_behind_a_url_only_what_is_needed_is_fetched(
+    counted, tmp_path, suffix
+):
+    path = tmp_path / f"a.{suffix}"
+    with soundfile.SoundFile(path, "w", 16000, 1) as file:
+        for block in np.split(tone(16000, 1, 240), 240):  # Vorbis crashes on all
+            file.write(block)
+    data = counted.files["b/a"] = path.read_bytes()
+    whole, _ = soundfile.read(path, dtype="float32")
+
+    counted.fetched = 0
+    assert inspect("counted://b/a") == inspect(path)
+    assert counted.fetched < min(400_000, len(data) / 2)
+
+    counted.fetched = 0
+    clip = decode(Clip("counted://b/a", 120, 121))
+    np.testing.assert_allclose(clip.samples, whole[120 * 16000 :][:16000], atol=1e-6)
+    assert counted.fetched < len(data)
+
+
+def test_a_wav_in_an_archive_without_a_length_is_read_to_its_own_end(tmp_path):
+    """As Kaldi's `file.ark:offset`."""
+    ark = b""
+    offsets = []
+    for seconds in (0.25, 0.5):
+        file = io.BytesIO()
+        soundfile.write(file, tone(16000, 1, seconds), 16000, format="WAV")
+        offsets.append(len(ark) + 4)
+        ark += b"key " + file.getvalue()
+    path = tmp_path / "wav.ark"
+    path.write_bytes(ark)
+
+    for offset, length in zip(offsets, (4000, 8000), strict=True):
+        assert len(decode(f"{path}:{offset}").samples) == length
+        assert inspect(f"{path}:{offset}").samples == length
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN])
+@pytest.mark.parametrize("name", ["a.wav", "a.tar:10:20"])
+def test_the_number_of_an_error_of_the_system_can_be_reached(
+    monkeypatch, half_second, number, name
+):
+    def gone(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("seamless_w2vbert.audio.open", gone, raising=False)
+    monkeypatch.setattr(Path, "read_bytes", gone)
+
+    for audio in (str(half_second.parent / name), Clip(str(half_second), 0.1)):
+        with pytest.raises(AudioError, match=os.strerror(number)) as error:
+            decode(audio)
+        assert error.value.__cause__.errno == number
+
+
+def test_audio_that_another_library_decodes_is_loaded_when_it_is_asked_for():
+    info = AudioInfo(8000, 8000, 2)
+    signal = tone(8000, 2, 0.5).T
+    calls = []
+
+    def load():
+        calls.append(1)
+        return signal
+
+    audio = Deferred(load, info, "row 3")
+
+    assert (inspect(audio), name_of(audio), calls) == (info, "row 3", [])
+    expected = decode(signal, sampling_rate=8000).samples
+    assert torch.equal(decode(audio).samples, expected)
+    assert len(decode(Clip(audio, 0.25)).samples) == 4000
+
+    broken = Deferred(lambda: 1 / 0, info, "row 3")
+    with pytest.raises(AudioError, match="row 3: cannot be loaded: division by zero"):
+        decode(broken)
+
+
+def test_audio_that_is_null_says_so():
+    with pytest.raises(AudioError, match="null"):
+        decode(None)

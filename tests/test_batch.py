@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seamless_w2vbert import AudioError
-from seamless_w2vbert.batch import pad, plan_batches
-from seamless_w2vbert.pipeline import DEFAULT_MAX_FRAMES, MIN_WINDOW
+from seamless_w2vbert.batch import cut_batches, pad, split_windows
+from seamless_w2vbert.streaming import DEFAULT_MAX_FRAMES, MIN_WINDOW
 
 
 def test_padding_is_ones_behind_the_true_lengths():
@@ -44,21 +44,19 @@ lengths = st.lists(st.integers(min_value=0, max_value=5000), max_size=300)
 def test_batches_hold_every_item_once_within_their_bounds(
     lengths, max_frames, max_items
 ):
-    windows = plan_batches(
-        ((index, length) for index, length in enumerate(lengths)),
-        max_frames=max_frames,
-        max_items=max_items,
-        window=4 * max_frames,
+    windows = split_windows(
+        enumerate(lengths), window=4 * max_frames, max_items=max_items
     )
     seen = []
 
     for window in windows:
-        for batch in window:
+        batches = cut_batches(window, max_frames=max_frames, max_items=max_items)
+        for batch in batches:
             width = max(lengths[index] for index in batch)
             assert 1 <= len(batch) <= max_items
             assert len(batch) == 1 or width * len(batch) <= max_frames
         # Windows follow each other: order can be restored one window at a time.
-        items = sorted(index for batch in window for index in batch)
+        items = sorted(index for batch in batches for index in batch)
         assert items == list(range(len(seen), len(seen) + len(items)))
         seen += items
 
@@ -68,13 +66,16 @@ def test_batches_hold_every_item_once_within_their_bounds(
 def test_little_of_a_mixed_corpus_is_padding():
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(800), 0.7, 2000), 100, 3000).astype(int)
-    windows = plan_batches(
-        ((int(n), int(n)) for n in lengths),
-        max_frames=DEFAULT_MAX_FRAMES["cpu"],
-        max_items=64,
-        window=MIN_WINDOW,
+    windows = split_windows(
+        ((int(n), int(n)) for n in lengths), window=MIN_WINDOW, max_items=64
     )
-    batches = [batch for window in windows for batch in window]
+    batches = [
+        batch
+        for window in windows
+        for batch in cut_batches(
+            window, max_frames=DEFAULT_MAX_FRAMES["cpu"], max_items=64
+        )
+    ]
     computed = sum(max(batch) * len(batch) for batch in batches)
 
     assert 1 - lengths.sum() / computed < 0.05
@@ -89,6 +90,6 @@ def test_planning_reads_no_further_than_a_window():
             read += 1
             yield read, 100
 
-    first = next(plan_batches(endless(), max_frames=1000, max_items=8, window=5000))
+    first = next(split_windows(endless(), window=5000, max_items=8))
 
-    assert sum(len(batch) for batch in first) == read == 50
+    assert len(first) == read == 50

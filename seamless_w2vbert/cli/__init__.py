@@ -1,7 +1,8 @@
 """The ``seamless-w2vbert`` command: one thin module per subcommand.
 
 Comes in: command-line arguments. Goes out: an exit code: 0 for done, 1 for work that
-could not be done, 2 for wrong usage. Errors are one line on stderr, never a traceback.
+could not be done, 2 for wrong usage, 3 for a dump that has failures. Errors are one
+line on stderr, never a traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from typing import Any
 import typer
 
 from seamless_w2vbert import __version__
-from seamless_w2vbert.cli import compare, convert, doctor, embed, options
+from seamless_w2vbert.cli import (
+    compare,
+    convert,
+    doctor,
+    dump,
+    embed,
+    merge,
+    options,
+    verify,
+)
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 app = typer.Typer(
@@ -48,6 +58,9 @@ def _root(
 
 
 app.command("embed")(embed.embed)
+app.command("dump")(dump.dump)
+app.command("verify")(verify.verify)
+app.command("merge")(merge.merge)
 app.command("compare")(compare.compare)
 app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)

@@ -28,8 +28,8 @@ def compare(
         str,
         typer.Option(
             help="transformers (the same checkpoint), transformers:FOLDER, "
-            "seamless:CARD_OR_FILE, a model as for --model, or stored embeddings: an "
-            ".npz file or a folder of .npy files."
+            "seamless:CARD_OR_FILE, a model as for --model, or stored embeddings: a "
+            "dump, an .npz file or a folder of .npy files."
         ),
     ] = "transformers",
     device: options.Device = "cpu",

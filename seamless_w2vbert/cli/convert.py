@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from seamless_w2vbert.cli import options
 from seamless_w2vbert.cli.options import DType
-from seamless_w2vbert.errors import ArgumentError
 
 if TYPE_CHECKING:
     from seamless_w2vbert.checkpoints.convert import Conversion
@@ -54,7 +54,7 @@ def convert(
     Every tensor that both formats have stays the same to the bit; every other one is
     named. Memory does not grow with the model, and DST appears whole or not at all.
     """
-    max_shard_bytes = _bytes(max_shard_size)
+    max_shard_bytes = options.parse_size("--max-shard-size", max_shard_size)
 
     import torch
 
@@ -69,15 +69,6 @@ def convert(
         max_shard_bytes=max_shard_bytes,
     )
     print("\n".join(_report(conversion)))
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
-
-    if match is None:
-        raise ArgumentError(f"--max-shard-size {text!r} is no size such as 5GB.")
-
-    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
 
 
 def _report(conversion: Conversion) -> list[str]:

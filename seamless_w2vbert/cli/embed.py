@@ -30,13 +30,7 @@ def embed(
         list[str], typer.Argument(help="Audio files; - reads paths from stdin.")
     ],
     model: options.Model = options.DEFAULT_MODEL,
-    layers: Annotated[
-        str,
-        typer.Option(
-            help="Layers, as 17,24 or -1. 17 is the output of block 17, Transformers' "
-            "hidden_states[17]; 0 the frontend's output."
-        ),
-    ] = "-1",
+    layers: options.LayersOption = "-1",
     device: options.Device = "cpu",
     dtype: options.DTypeOption = options.DType.float32,
     pool: Annotated[
@@ -53,7 +47,7 @@ def embed(
 
     Bad files are named on stderr and the rest embedded; the exit code is then 1.
     """
-    numbers = _parse_layers(layers)
+    numbers = options.parse_layers(layers)
     paths = options.read_paths(audio)
     _check_output(output, len(paths), len(numbers))
 
@@ -95,15 +89,6 @@ def embed(
             f"seamless-w2vbert: {failed} of {len(paths)} files failed", file=sys.stderr
         )
         raise typer.Exit(1)
-
-
-def _parse_layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ArgumentError(
-            f"--layers {text!r} is not a list of numbers such as 17,24."
-        ) from None
 
 
 def _check_output(output: Path | None, num_files: int, num_layers: int) -> None:

@@ -5,6 +5,7 @@ Comes in: text of the command line. Goes out: values, or an error that names the
 
 from __future__ import annotations
 
+import re
 import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,15 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 DTypeOption = Annotated[DType, typer.Option("--dtype", help="Of the model.")]
+
+LayersOption = Annotated[
+    str,
+    typer.Option(
+        "--layers",
+        help="Layers, as 17,24 or -1. 17 is the output of block 17, Transformers' "
+        "hidden_states[17]; 0 the frontend's output.",
+    ),
+]
 
 DEFAULT_MODEL = "tiny-random"
 
@@ -68,6 +78,19 @@ def read_paths(audio: list[str]) -> list[str]:
     return paths
 
 
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Return the layer numbers in a list such as ``17,24``.
+
+    :raises ArgumentError: if it is none.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentError(
+            f"--layers {text!r} is not a list of numbers such as 17,24."
+        ) from None
+
+
 def parse_device(text: str) -> torch.device:
     """Return the device that is named.
 
@@ -76,3 +99,16 @@ def parse_device(text: str) -> torch.device:
     from seamless_w2vbert.model import check_device
 
     return check_device(text)
+
+
+def parse_size(option: str, text: str) -> int:
+    """Return the bytes that a size such as ``5GB`` names.
+
+    :raises ArgumentError: if it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+
+    if match is None:
+        raise ArgumentError(f"{option} {text!r} is no size such as 5GB.")
+
+    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])

@@ -30,6 +30,7 @@ from seamless_w2vbert.comparison.sides import (
     TransformersSide,
 )
 from seamless_w2vbert.constants import FBANK_SHIFT, FBANK_STRIDE, SAMPLING_RATE
+from seamless_w2vbert.dumping.reader import Dump
 from seamless_w2vbert.errors import ArgumentError
 from seamless_w2vbert.model import load_conformer_shaw_model
 from seamless_w2vbert.pipeline import SpeechEncoderPipeline
@@ -247,6 +248,9 @@ def _open(
 ) -> PackageSide | StoredSide | TransformersSide:
     if isinstance(model, SpeechEncoderPipeline):
         return PackageSide(model, "seamless_w2vbert")
+
+    if isinstance(model, Dump):
+        return sides.DumpSide(model, repr(model))
 
     if isinstance(model, Mapping):
         return StoredSide(model, "stored embeddings")

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import soundfile
 import soxr
 import torch
@@ -28,6 +30,7 @@ from seamless_w2vbert.constants import (
     PAD_VALUE,
     SAMPLING_RATE,
 )
+from seamless_w2vbert.dumping.reader import Dump, open_dump
 from seamless_w2vbert.errors import ArgumentError, AudioError, CheckpointError
 from seamless_w2vbert.model import has_half_layer_norm, use_float32_layer_norm
 from seamless_w2vbert.pipeline import SpeechEncoderPipeline
@@ -225,8 +228,34 @@ class StoredSide:
         return found
 
 
+class DumpSide(StoredSide):
+    """A dump of embeddings. Utterances are found by the file they came from, or by
+    their ids."""
+
+    def __init__(self, dump: Dump, name: str) -> None:
+        super().__init__({}, name)
+        self._dump = dump
+
+    def layers_of(self, path: str) -> dict[int | None, Tensor]:
+        index = self._dump.index
+        of_file = pc.is_in(
+            index["source"], pa.array([path, os.path.abspath(path)], pa.string())
+        )
+        ids = index.filter(of_file)["id"].to_pylist()
+        names = [*ids, path, os.path.basename(path)]
+        id = next((name for name in names if name in self._dump), None)
+
+        if id is None:
+            raise ArgumentError(f"{self.name}: has no {path}.")
+
+        return {
+            layer: _tensor(self._dump.layer(layer)[id])
+            for layer in self._dump.settings["layers"]
+        }
+
+
 def _tensor(array: Any) -> Tensor:
-    tensor = torch.as_tensor(np.asarray(array))
+    tensor = torch.from_numpy(np.array(array))
 
     if tensor.ndim not in (1, 2):
         raise ArgumentError(f"An array of shape {tuple(tensor.shape)} is no embedding.")
@@ -330,10 +359,13 @@ def _import_transformers() -> Any:
 def open_stored(path: str) -> StoredSide | None:
     """Open a file or folder of arrays; None if ``path`` is something else.
 
-    A ``.npz`` of arrays by name, or a folder of ``.npy`` files named after the audio
-    files (``a.wav.npy`` or ``a.npy``).
+    A dump; a ``.npz`` of arrays by name; or a folder of ``.npy`` files named after the
+    audio files (``a.wav.npy`` or ``a.npy``).
     """
     file = Path(path)
+
+    if (file / "dump.json").is_file():
+        return DumpSide(open_dump(path), path)
 
     if file.suffix == ".npz" and file.is_file():
         with np.load(file, allow_pickle=False) as opened:

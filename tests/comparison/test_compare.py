@@ -18,7 +18,14 @@ from reference import (
     write_transformers,
 )
 
-from seamless_w2vbert import ArgumentError, SpeechEncoderPipeline, Waveform, stack
+from seamless_w2vbert import (
+    ArgumentError,
+    SpeechEncoderPipeline,
+    Waveform,
+    dump,
+    open_dump,
+    stack,
+)
 from seamless_w2vbert.architecture import Architecture
 from seamless_w2vbert.batch import FbankBatch
 from seamless_w2vbert.comparison import Tolerance, compare
@@ -300,6 +307,20 @@ def test_another_checkpoint_differs_from_the_frontend_on(pipeline):
 def test_another_depth_is_refused(pipeline, tiny):
     with pytest.raises(ArgumentError, match="12 layers and seamless_w2vbert 3"):
         compare([SPEECH], pipeline, tiny)
+
+
+def test_a_dump_is_a_side(tiny, tmp_path):
+    dump([SPEECH], tmp_path / "d", tiny, layers=(1, 3))
+
+    for against in (str(tmp_path / "d"), open_dump(tmp_path / "d")):
+        comparison = compare([SPEECH], tiny, against)
+        assert comparison.passed
+        assert [stage.stage for stage in comparison.stages] == ["layer 1", "layer 3"]
+
+    other = SpeechEncoderPipeline.from_pretrained("tiny-random", dtype=torch.bfloat16)
+    assert not compare([SPEECH], other, str(tmp_path / "d")).passed
+    with pytest.raises(ArgumentError, match=r"has no absent\.wav"):
+        compare(["absent.wav"], tiny, str(tmp_path / "d"))
 
 
 def test_stored_embeddings_are_a_side(tiny, tmp_path):

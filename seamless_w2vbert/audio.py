@@ -28,6 +28,7 @@ from torch import Tensor
 from seamless_w2vbert import stack
 from seamless_w2vbert.constants import SAMPLING_RATE
 from seamless_w2vbert.errors import AudioError
+from seamless_w2vbert.urls import filesystem, is_url
 
 AudioInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | NDArray[Any] | Tensor | Waveform | Clip | Deferred"  # noqa: E501
 """Whatever :func:`decode` takes."""
@@ -344,14 +345,9 @@ def _length_of_riff(header: bytes) -> int | None:
     return 8 + size if 0 < size < 0x7FFF_0000 else None
 
 
-def is_url(path: str) -> bool:
-    """Tell whether ``path`` is a URL, such as ``s3://bucket/a.wav``."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(::[a-z0-9]+)*://", path) is not None
-
-
 def _read_url(url: str) -> bytes:
     with _url_errors(url):
-        fs, path = _filesystem(url)
+        fs, path = filesystem(url)
         clip = _ARCHIVE_CLIP.match(path)
 
         if clip is None or fs.exists(path):
@@ -373,14 +369,6 @@ def _read_url(url: str) -> bytes:
         )
 
     return data
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    fs, path = fsspec.core.url_to_fs(url)
-
-    return fs, path
 
 
 @contextmanager
@@ -427,7 +415,7 @@ def _open(audio: Any) -> Iterator[soundfile.SoundFile]:
 @contextmanager
 def _open_url(url: str) -> Iterator[Any]:
     with _url_errors(url):
-        fs, path = _filesystem(url)
+        fs, path = filesystem(url)
         opened = fs.open(path, "rb", block_size=_HEADER_BLOCK)
 
     with opened:

@@ -18,6 +18,7 @@ import typer
 
 from seamless_w2vbert import __version__
 from seamless_w2vbert.cli import (
+    bench,
     compare,
     convert,
     doctor,
@@ -63,6 +64,7 @@ app.command("verify")(verify.verify)
 app.command("merge")(merge.merge)
 app.command("compare")(compare.compare)
 app.command("convert")(convert.convert)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 

@@ -11,6 +11,7 @@ import logging
 import pickle
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from threading import Event
 from typing import Any
 
 import torch
@@ -88,12 +89,14 @@ def embed(
     *,
     workers: int | None,
     device: str,
+    stop: Event,
     **options: Any,
 ) -> Iterator[Part]:
     """Embed shards on ``workers`` actors.
 
     :param workers: as many as there is room for, if None.
     :param device: ``cpu``, or ``cuda`` for a GPU to each actor.
+    :param stop: when set, what is committed is all that is embedded.
     :raises DumpError: if a shard cannot be embedded or written.
     """
     try:
@@ -149,3 +152,5 @@ def embed(
             if row["error"]:
                 raise DumpError(row["error"])
             yield index.read_part(store, row["name"])
+            if stop.is_set():
+                return

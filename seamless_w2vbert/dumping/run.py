@@ -249,6 +249,8 @@ def dump(
         run.begin(
             {
                 "source": opened.name,
+                "audio_column": audio_column,
+                "id_column": id_column,
                 "model": "<pipeline>" if model is pipeline else os.fspath(model),  # type: ignore[arg-type]
                 **provenance(pipeline),
             },
@@ -274,7 +276,9 @@ def dump(
                 device=str(device),
                 compute_dtype=compute_dtype,
                 root=opened.root,
+                stop=run.stop,
             )
+            results = map(run.part_done, results)
         else:
             embedder = ShardEmbedder(
                 pipeline,
@@ -554,15 +558,24 @@ class _Run:
         return _without_duplicates(self._source)
 
     def utterance_done(self, outcome: Outcome) -> None:
-        """Count an utterance."""
+        """Count an utterance that this process embedded."""
+        self._advance(1, int(outcome.error is not None), outcome.samples)
+
+    def part_done(self, part: Part) -> Part:
+        """Count a shard that another process embedded."""
+        self._advance(part.count, part.failed, part.samples)
+
+        return part
+
+    def _advance(self, done: int, failed: int, samples: int) -> None:
         before = self._progress
-        seconds = outcome.samples / SAMPLING_RATE
+        seconds = samples / SAMPLING_RATE
         self._progress = replace(
             before,
-            done=before.done + 1,
-            failed=before.failed + (outcome.error is not None),
+            done=before.done + done,
+            failed=before.failed + failed,
             audio_seconds=before.audio_seconds + seconds,
-            new=before.new + 1,
+            new=before.new + done,
             new_audio_seconds=before.new_audio_seconds + seconds,
             elapsed=time.monotonic() - self._started,
         )
@@ -575,11 +588,6 @@ class _Run:
 
         for part in results:
             parts.append(part)
-            # What other processes embed is only heard of when it is committed.
-            self._progress = replace(
-                self._progress,
-                done=max(self._progress.done, sum(p.count for p in parts)),
-            )
             new += part.count
             new_samples += part.samples
 
@@ -598,7 +606,7 @@ class _Run:
             close(
                 self._store,
                 self._settings,
-                {**self._info, "columns": dict(self._settings.columns)},
+                self._info,
                 parts,
             )
 

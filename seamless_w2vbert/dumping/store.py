@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from seamless_w2vbert.errors import DumpError
+from seamless_w2vbert.urls import filesystem, is_url
 
 _TEMPORARY = ".tmp"
 _LOCK = ".lock"
@@ -38,7 +39,7 @@ class Store:
         self._cache: Path | None = None
 
         if is_url(self.location):
-            self._fs, self._root = filesystem(self.location)
+            self._fs, self._root = _open_url(self.location)
         else:
             self.path = Path(self.location)
 
@@ -273,21 +274,9 @@ class Store:
         )
 
 
-def is_url(location: str) -> bool:
-    """Tell whether ``location`` is a URL such as ``s3://bucket/a``, not a path."""
-    scheme, mark, _ = location.partition("://")
-    return bool(mark) and scheme.replace("+", "").replace(":", "").isalnum()
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's filesystem for a URL, and the path of the URL within it.
-
-    :raises DumpError: if the package that reaches it is not installed.
-    """
-    import fsspec
-
+def _open_url(url: str) -> tuple[Any, str]:
     try:
-        fs, path = fsspec.core.url_to_fs(url)
+        fs, path = filesystem(url)
     except (ImportError, ValueError) as ex:
         raise DumpError(f"{url}: cannot be reached: {ex}") from None
 

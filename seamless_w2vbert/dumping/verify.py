@@ -223,7 +223,12 @@ class _Verifier:
     ) -> Outcome | None:
         """Embed what is not a file of its own, such as a row of a dataset."""
         try:
-            source = open_source(info["runs"][-1]["source"])
+            origin = info["runs"][-1]
+            source = open_source(
+                origin["source"],
+                audio_column=origin["audio_column"],
+                id_column=origin["id_column"],
+            )
             found = (item for item in source if item.id == row["id"])
             shards = (Shard(0, (item,), (n,)) for item, n in measured(found))
             for _, (outcome,), _ in embedder.embed(shards):

@@ -570,6 +570,36 @@ def test_a_url_is_as_good_as_a_folder(corpus, whole, pipeline, tmp_path):
     assert dump(corpus, out, pipeline, layers=(1, 3), **SMALL).new == 0
 
 
+def test_two_processes_on_one_url_do_not_spoil_each_others_work(corpus, pipeline):
+    """A store behind a URL cannot be locked; whoever is last, the dump is whole."""
+    out = "memory://bucket/shared"
+    begun = threading.Barrier(2, timeout=60)
+    failures = []
+
+    def start():
+        waited = []
+
+        def meet(progress):
+            if not waited:
+                waited.append(begun.wait())
+
+        try:
+            dump(corpus, out, pipeline, progress=meet, **SMALL)
+        except Exception as ex:
+            failures.append(ex)
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert not failures
+    assert len(open_dump(out)) == 24
+    found = verify_dump(out, sample=0)
+    assert (found.embedded, found.problems) == (24, ())
+
+
 @pytest.mark.parametrize("format", ["npy", "fairseq"])
 def test_formats_of_several_files_lie_behind_a_url_too(
     corpus, pipeline, tmp_path, format

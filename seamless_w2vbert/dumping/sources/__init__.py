@@ -164,7 +164,7 @@ def _open_file(path: str, wanted: Wanted) -> Source:
     if suffix == ".csv":
         return tables.open_csv(path, wanted)
     if suffix == ".tsv":
-        _, first = _first_line(path)
+        first = _first_line(path)
         if "\t" in first or first == wanted.audio:
             return tables.open_tsv(path, wanted)
         return files.FairseqManifest(path, wanted)
@@ -180,9 +180,9 @@ def _open_file(path: str, wanted: Wanted) -> Source:
     raise ArgumentError(f"{path}: is of no known kind; expected {_KINDS}.")
 
 
-def _first_line(path: str) -> tuple[int, str]:
-    for number, line in read_entries(path, errors="surrogateescape"):
-        return number, line
+def _first_line(path: str) -> str:
+    for _, line in read_entries(path, errors="surrogateescape"):
+        return line
 
     raise DumpError(f"{path}: is empty.")
 

@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from seamless_w2vbert.audio import AudioInput, Clip
 from seamless_w2vbert.constants import SAMPLING_RATE
-from seamless_w2vbert.dumping.store import filesystem, is_url
 from seamless_w2vbert.errors import ArgumentError, DumpError, SeamlessW2vBertError
+from seamless_w2vbert.urls import filesystem, is_url
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from seamless_w2vbert.dumping.sources.base import (
     utterance,
     working_folder,
 )
-from seamless_w2vbert.dumping.store import filesystem, is_url
 from seamless_w2vbert.errors import ArgumentError, DumpError
+from seamless_w2vbert.urls import filesystem, is_url
 
 AUDIO_SUFFIXES = (
     *(".wav", ".wave", ".w64", ".rf64", ".flac", ".ogg", ".oga", ".opus", ".mp3"),

@@ -182,7 +182,9 @@ class Stream:
         )
 
         for window in self._run(windows, lambda item: item):
-            for item in window:
+            window.reverse()
+            while window:  # what was given is not held while the next is computed
+                item = window.pop()
                 if item.error is not None and raise_errors:
                     raise item.error
                 yield item
@@ -266,8 +268,9 @@ class Stream:
 
             if load.is_last_of_group:
                 results.sort(key=lambda pair: pair[0])
-                yield [result for _, result in results]
-                results = []
+                group, results = [result for _, result in results], []
+                yield group
+                del group
 
     def _plan(self, groups: Iterable[list[tuple[_Utterance, int]]]) -> Iterator[_Load]:
         for group in groups:

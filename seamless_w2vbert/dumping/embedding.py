@@ -115,6 +115,7 @@ class ShardEmbedder:
         for outcomes in self._stream.groups(groups(), self._finish):
             moments, self._moments = self._moments, {}
             yield waiting.pop(0), outcomes, moments
+            del outcomes  # while the next shard is embedded
 
     def _finish(self, item: StreamItem) -> Outcome:
         outcome = self._outcome(item)

@@ -680,6 +680,7 @@ def embed_here(
             if pending is not None:
                 yield pending.result()
             pending = writer.submit(commit, store, settings, shard, outcomes, moments)
+            del outcomes  # when it is written, nothing holds it any more
             if stop.is_set():
                 break
 

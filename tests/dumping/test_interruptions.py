@@ -246,12 +246,21 @@ ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False,
          logging_level="ERROR")
 killed = []
 
+def parents(pid):
+    while pid > 1:
+        with open(f"/proc/{pid}/stat") as file:
+            pid = int(file.read().rpartition(")")[2].split()[1])
+        yield pid
+
 def workers():
     for path in glob.glob("/proc/[0-9]*/cmdline"):
+        pid = int(path.split("/")[2])
         try:
             with open(path) as file:
+                # Of this Ray: another may run on the machine.
                 if file.read().startswith("ray::MapWorker"):
-                    yield int(path.split("/")[2])
+                    if os.getpid() in parents(pid):
+                        yield pid
         except OSError:
             pass
 

@@ -27,6 +27,11 @@ def accelerate(model: ModuleT) -> ModuleT:
     attention weights, for dropout in attention or for an attention mask of its own,
     the stock implementation answers it as before.
 
+    On CPU, fairseq2's Conformer blocks also run in a packed form
+    (:mod:`seamless_w2vbert.packing`) whenever no gradient is asked for, in float32 or
+    bfloat16. That takes the memory of their weights once more, which for weights that
+    are mapped from a file the system can take back from the first.
+
     :param model: any module with fairseq2's ``ShawRelativePositionSDPA`` or
         Transformers' ``Wav2Vec2BertSelfAttention`` in it.
     :returns: ``model`` itself.
@@ -42,6 +47,7 @@ def accelerate(model: ModuleT) -> ModuleT:
 
     if swapped == 0:
         swapped = stack.load().swap_shaw_attention(model)
+        stack.load().pack_blocks(model)
 
     if swapped == 0:
         raise ArgumentError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any, Final, cast
 
 import torch
@@ -20,7 +21,7 @@ from fairseq2.data.data_pipeline import Collater as Collater
 from fairseq2.data.data_pipeline import DataPipeline as DataPipeline
 from fairseq2.data.data_pipeline import MemoryBlock as MemoryBlock  # type: ignore[attr-defined]
 from fairseq2.models import ModelHubAccessor
-from fairseq2.models.conformer import ConformerConvolution
+from fairseq2.models.conformer import ConformerBlock, ConformerConvolution
 from fairseq2.models.transformer import (
     SDPA,
     AttentionBiasCache,
@@ -44,6 +45,7 @@ from fairseq2.runtime.lazy import Lazy
 from torch import Tensor
 from torch.nn import Module, ModuleList
 
+from seamless_w2vbert import packing
 from seamless_w2vbert.architecture import TINY, Architecture, PretrainingHeads
 from seamless_w2vbert.attention import shaw_attention
 from seamless_w2vbert.checkpoints.names import to_fairseq2_names
@@ -242,6 +244,7 @@ class LinearShawSDPA(SDPA):
         super().__init__()
         self.rel_k_embed = stock.rel_k_embed
         self.max_lhs_rel_pos = stock.max_lhs_rel_pos
+        self.max_left = stock.max_lhs_rel_pos
         self.max_rhs_rel_pos = stock.max_rhs_rel_pos
         # In a tuple, so that its parameters do not count twice.
         self._stock = (stock,)
@@ -275,7 +278,7 @@ class LinearShawSDPA(SDPA):
             k.transpose(1, 2),
             v.transpose(1, 2),
             self.rel_k_embed.weight,
-            self.max_lhs_rel_pos,
+            self.max_left,
             k_layout.position_indices >= 0 if k_layout.padded else None,
         )
 
@@ -284,6 +287,28 @@ class LinearShawSDPA(SDPA):
 
 def swap_shaw_attention(model: Module) -> int:
     return replace_shaw(model, ShawRelativePositionSDPA, LinearShawSDPA)
+
+
+def pack_blocks(model: Module) -> None:
+    for module in model.modules():
+        if isinstance(module, ConformerBlock):
+            module.forward = MethodType(_forward_packed, module)  # type: ignore[method-assign]
+
+
+def _forward_packed(
+    self: ConformerBlock,
+    seqs: Tensor,
+    seqs_layout: BatchLayout,
+    attn_bias_cache: AttentionBiasCache,
+) -> Tensor:
+    packed = None if seqs_layout.packed else packing.packed(self, seqs)
+
+    if packed is None:
+        return type(self).forward(self, seqs, seqs_layout, attn_bias_cache)
+
+    return packed(
+        seqs, seqs_layout.position_indices >= 0 if seqs_layout.padded else None
+    )
 
 
 # -- fairseq2's registries -----------------------------------------------------------

@@ -70,6 +70,10 @@ class Stack(Protocol):
         :returns: how many there were.
         """
 
+    def pack_blocks(self, model: Module) -> None:
+        """Have every ``ConformerBlock`` run in its packed form where that is possible,
+        see :func:`packing.packed`."""
+
     def load_with_seamless(
         self, name: str, device: torch.device, dtype: torch.dtype
     ) -> Module:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any, Final
 
 import torch
@@ -20,7 +21,7 @@ from fairseq2.data import DataPipeline as DataPipeline
 from fairseq2.data.audio import AudioDecoder as AudioDecoder
 from fairseq2.data.audio import WaveformToFbankConverter as WaveformToFbankConverter
 from fairseq2.memory import MemoryBlock as MemoryBlock
-from fairseq2.models.conformer import ConformerConvolution
+from fairseq2.models.conformer import ConformerBlock, ConformerConvolution
 from fairseq2.models.wav2vec2.builder import (
     Wav2Vec2Builder,
     Wav2Vec2Config,
@@ -37,6 +38,7 @@ from fairseq2.nn.transformer import (
 from torch import Tensor
 from torch.nn import Module
 
+from seamless_w2vbert import packing
 from seamless_w2vbert.architecture import Architecture
 from seamless_w2vbert.attention import shaw_attention
 from seamless_w2vbert.errors import CheckpointError, StackError
@@ -240,6 +242,7 @@ class LinearShawSDPA(SDPA):
         super().__init__()
         self.rel_k_embed = stock.rel_k_embed
         self.max_left_rel_pos = stock.max_left_rel_pos
+        self.max_left = stock.max_left_rel_pos
         self.max_right_rel_pos = stock.max_right_rel_pos
         # In a tuple, so that its parameters do not count twice.
         self._stock = (stock,)
@@ -277,7 +280,7 @@ class LinearShawSDPA(SDPA):
             keys,
             values,
             self.rel_k_embed.weight,
-            self.max_left_rel_pos,
+            self.max_left,
             None if key_padding_mask is None else key_padding_mask.materialize(),
         )
 
@@ -286,6 +289,28 @@ class LinearShawSDPA(SDPA):
 
 def swap_shaw_attention(model: Module) -> int:
     return replace_shaw(model, ShawRelativePositionSDPA, LinearShawSDPA)
+
+
+def pack_blocks(model: Module) -> None:
+    for module in model.modules():
+        if isinstance(module, ConformerBlock):
+            module.forward = MethodType(_forward_packed, module)
+
+
+def _forward_packed(
+    self: ConformerBlock,
+    seqs: Tensor,
+    padding_mask: PaddingMask | None,
+    self_attn_mask: Any = None,
+) -> tuple[Tensor, PaddingMask | None]:
+    packed = packing.packed(self, seqs) if self_attn_mask is None else None
+
+    if packed is None:
+        return type(self).forward(self, seqs, padding_mask, self_attn_mask)
+
+    keep = None if padding_mask is None else padding_mask.materialize()
+
+    return packed(seqs, keep), padding_mask
 
 
 # -- fairseq2's registries -----------------------------------------------------------

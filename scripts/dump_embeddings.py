@@ -26,7 +26,7 @@ def main(
             dtype="float16",
             progress=lambda p: print(f"\r{p.done}/{p.total}", end="", file=sys.stderr),
         )
-    except SeamlessW2vBertError as ex:
+    except (SeamlessW2vBertError, ValueError) as ex:
         sys.exit(f"{ex}")
 
     print(f"\n{report.embedded} embedded, {report.failed} failed")
@@ -39,6 +39,9 @@ def main(
     for id in opened.ids[:5]:
         frames = opened[id]  # (frames, dim), memory-mapped where the format allows
         print(f"{id}: {len(frames)} frames of 20 ms, {frames.shape[1]} dimensions")
+
+    if not report.embedded:
+        return 3
 
     mean, variance = opened.statistics(opened.settings["layers"][0])
     print(f"the corpus: mean {mean.mean():.3f}, variance {variance.mean():.3f}")

@@ -156,6 +156,10 @@ def dump(
         "max_frames": max_frames,
         "audio_column": audio_column,
         "id_column": id_column,
+        "format": format.value,
+        "normalize": normalize,
+        "shard_size": num_bytes,
+        "shard_seconds": shard_seconds,
     }
 
     if dry_run:
@@ -177,12 +181,8 @@ def dump(
         report = run.dump(
             source,
             out,
-            format=format.value,
-            normalize=normalize,
             strict=strict,
             retry_failed=retry_failed,
-            shard_size=num_bytes,
-            shard_seconds=shard_seconds,
             engine=engine.value,
             workers=workers,
             progress=display.update,

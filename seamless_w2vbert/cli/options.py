@@ -106,9 +106,12 @@ def parse_size(option: str, text: str) -> int:
 
     :raises ArgumentError: if it is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
 
     if match is None:
         raise ArgumentError(f"{option} {text!r} is no size such as 5GB.")
 
-    return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
+    return int(
+        float(match[1])
+        * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}[match[2]]
+    )

@@ -19,16 +19,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from seamless_w2vbert.audio import Clip
 from seamless_w2vbert.dumping import formats, index
 from seamless_w2vbert.dumping.index import EMBEDDED, FAILED, Part
 from seamless_w2vbert.dumping.planning import Shard
-from seamless_w2vbert.dumping.settings import Settings
+from seamless_w2vbert.dumping.settings import Settings, storable
 from seamless_w2vbert.dumping.sources import Utterance
 from seamless_w2vbert.dumping.statistics import Moments, Normalizer, merge_into
 from seamless_w2vbert.dumping.store import Store, sha256
 from seamless_w2vbert.errors import DumpError
 from seamless_w2vbert.pipeline import SpeechEncoderPipeline
 from seamless_w2vbert.streaming import Stream, StreamItem
+from seamless_w2vbert.urls import is_url
 
 DATA = "data"
 """The folder of the shards."""
@@ -92,6 +94,7 @@ class ShardEmbedder:
         self._strict = strict
         self._finished = finished
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._format = formats.find_format(settings.format)
         self._moments: dict[int, Moments] = {}
         self._stream = Stream(
             pipeline,
@@ -145,6 +148,11 @@ class ShardEmbedder:
                 hidden = self._normalizer(layer, hidden)
             stored = pool(hidden, self._settings.pool).to(self._dtype)
 
+            try:
+                self._format.writer.check_size(item.id, stored)
+            except DumpError as ex:
+                return Outcome({}, error=str(ex))
+
             if not bool(stored.isfinite().all()):
                 return Outcome(
                     {},
@@ -188,13 +196,18 @@ def commit(
     shard: Shard,
     outcomes: list[Outcome],
     moments: Mapping[int, Moments],
+    attempt: int = 0,
 ) -> Part:
     """Write a shard's files, then its part of the index, which makes them count.
 
+    Where the shard is there already, from before a retry, it is replaced at once, and
+    only if everything that it has is embedded again.
+
+    :param attempt: which retry this is; 0 for none.
     :raises DumpError: if that is not possible; nothing of the shard counts then.
     """
     try:
-        return _commit(store, settings, shard, outcomes, moments)
+        return _commit(store, settings, shard, outcomes, moments, attempt)
     except OSError as ex:
         raise DumpError(
             f"{store}: cannot be written to: {ex.strerror or ex}. The shards that are "
@@ -208,7 +221,28 @@ def _commit(
     shard: Shard,
     outcomes: list[Outcome],
     moments: Mapping[int, Moments],
+    attempt: int,
 ) -> Part:
+    before = index.find_part(store, shard.first)
+
+    if before is not None:
+        rows_before = before.table().to_pylist()
+        failed = {
+            utterance.id
+            for utterance, outcome in zip(shard.utterances, outcomes, strict=True)
+            if outcome.error is not None
+        }
+        if any(r["status"] == EMBEDDED and r["id"] in failed for r in rows_before):
+            return index.write_part(
+                store,
+                shard.first,
+                rows_before,
+                settings.column_types,
+                before.files,
+                before.moments(),
+                attempt,
+            )
+
     rows: list[dict[str, Any]] = []
     columns = settings.column_types
 
@@ -220,12 +254,12 @@ def _commit(
             values = column_values(utterance, columns)
             row: dict[str, Any] = {
                 "id": utterance.id,
-                "source": _valid(utterance.source),
+                "source": storable(utterance.source),
                 "start": utterance.start,
                 "end": utterance.end,
                 **values,
             }
-            error = None if outcome.error is None else _valid(outcome.error)
+            error = None if outcome.error is None else storable(outcome.error)
             if error is None:
                 try:
                     row["offset"] = writer.add(
@@ -250,12 +284,13 @@ def _commit(
             for row in embedded:
                 row["shard"] = name
 
-    return index.write_part(store, shard.first, rows, columns, files, moments)
+    part = index.write_part(store, shard.first, rows, columns, files, moments, attempt)
 
+    if before is not None:
+        for name in before.shards - part.shards:
+            store.remove(f"{DATA}/{name}")
 
-def _valid(text: str) -> str:
-    """Return ``text`` as valid Unicode: names of files may be any bytes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return part
 
 
 def column_values(
@@ -267,7 +302,7 @@ def column_values(
     for name, kind in types.items():
         value = utterance.columns.get(name)
         if value is not None and pa.types.is_string(kind):
-            value = _valid(str(value))
+            value = storable(str(value))
         values[name] = value
 
     return values
@@ -307,26 +342,50 @@ class StorageWatch:
         """
         :raises DumpError: if files could not be read because their storage is gone.
         """
-        for utterance, outcome in zip(shard.utterances, outcomes, strict=True):
-            if outcome.error is None:
-                folder = os.path.dirname(os.path.abspath(utterance.source))
-                self._good = folder if os.path.isdir(folder) else self._good
-                continue
+        pairs = list(zip(shard.utterances, outcomes, strict=True))
 
+        for utterance, outcome in pairs:
+            if outcome.error is None:
+                # A folder that files could be read from.
+                self._good = folder_of(utterance) or self._good
+
+        unread = [pair for pair in pairs if pair[1].errno is not None]
+
+        for utterance, outcome in unread:
             if outcome.errno in _STORAGE_IS_GONE:
                 raise self._gone(utterance.source, os.strerror(outcome.errno or 0))
 
-            if outcome.errno is not None:
-                for folder in filter(None, (self._root, self._good)):
-                    if _is_gone(folder):
-                        raise self._gone(folder, "it is no longer there")
+            for folder in filter(None, (self._root, self._good)):
+                if _is_gone(folder):
+                    raise self._gone(folder, "it is no longer there")
+
+        # A list with a wrong line has others that are right.
+        if len(pairs) > 1 and len(unread) == len(pairs):
+            folders = {folder_of(utterance) for utterance, _ in pairs}
+            if all(folder and _is_gone(folder) for folder in folders):
+                raise self._gone(
+                    min(folder for folder in folders if folder),
+                    f"none of the {len(pairs)} files of this shard is there, nor are "
+                    "their folders; if that is so, take them out of the source",
+                )
 
     def _gone(self, what: str, reason: str) -> DumpError:
         return DumpError(
-            f"{what}: the storage of the source went away while it was read ({reason})."
-            " What was written before is safe; run the same command again when it is "
-            "back."
+            f"{what}: the storage of the source went away ({reason}). What was written "
+            "before is safe; run the same command again when it is back."
         )
+
+
+def folder_of(utterance: Utterance) -> str | None:
+    """Return the folder of the local file that an utterance is read from, if any."""
+    audio = (
+        utterance.audio.audio if isinstance(utterance.audio, Clip) else utterance.audio
+    )
+
+    if not isinstance(audio, (str, os.PathLike)) or is_url(os.fsdecode(audio)):
+        return None
+
+    return os.path.dirname(os.path.abspath(os.fsdecode(audio)))
 
 
 def _is_gone(folder: str) -> bool:

@@ -26,7 +26,7 @@ EMBEDDED, FAILED = "embedded", "failed"
 
 _METADATA = b"seamless_w2vbert"
 
-_KEYS = ("first", "count", "failed", "samples", "files")
+_KEYS = ("first", "count", "failed", "samples", "attempt", "files")
 """What of a :class:`Part` is kept in the footer of its file."""
 
 _FIELDS = [
@@ -60,8 +60,16 @@ class Part:
     samples: int
     """The samples at 16 kHz of its embedded utterances."""
 
+    attempt: int
+    """Which retry it is of; 0 for none."""
+
     files: Mapping[str, Mapping[str, Any]]
     """``bytes`` and ``sha256`` of each file, by name under ``data/``."""
+
+    @property
+    def shards(self) -> set[str]:
+        """The names of its files and folders under ``data/``: one, or none."""
+        return {name.partition("/")[0] for name in self.files}
 
     def moments(self) -> dict[int, Moments]:
         """Read the statistics of its frames, by layer."""
@@ -83,6 +91,11 @@ class Part:
             raise _damaged(self.store, self.name, ex) from None
 
 
+def name_of(first: int) -> str:
+    """Return the name of the part of a shard."""
+    return f"{FOLDER}/part-{first:012d}.parquet"
+
+
 def write_part(
     store: Store,
     first: int,
@@ -90,6 +103,7 @@ def write_part(
     columns: Mapping[str, pa.DataType],
     files: Mapping[str, Mapping[str, Any]],
     moments: Mapping[int, Moments],
+    attempt: int = 0,
 ) -> Part:
     """Commit a shard.
 
@@ -99,11 +113,12 @@ def write_part(
     failed = sum(row["status"] == FAILED for row in rows)
     part = Part(
         store=store,
-        name=f"{FOLDER}/part-{first:012d}.parquet",
+        name=name_of(first),
         first=first,
         count=len(rows),
         failed=failed,
         samples=sum(row["samples"] for row in rows if row["status"] == EMBEDDED),
+        attempt=attempt,
         files=files,
     )
     metadata = {
@@ -143,6 +158,31 @@ def read_parts(store: Store) -> list[Part]:
             )
 
     return parts
+
+
+def check_whole(store: Store, parts: Sequence[Part], utterances: int) -> None:
+    """
+    :raises DumpError: if ``parts`` are not one after another, or not all there are.
+    """
+    expected = 0
+
+    for part in parts:
+        if part.first != expected:
+            break
+        expected += part.count
+
+    if expected != utterances:
+        raise DumpError(
+            f"{store}: the index lacks utterance {expected} of {utterances}; run the "
+            "same dump again, which embeds what is missing."
+        )
+
+
+def find_part(store: Store, first: int) -> Part | None:
+    """Return the part of a shard, if it is committed."""
+    name = name_of(first)
+
+    return read_part(store, name) if store.exists(name) else None
 
 
 def read_part(store: Store, name: str) -> Part:

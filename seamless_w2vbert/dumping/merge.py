@@ -21,8 +21,8 @@ from seamless_w2vbert.dumping import index
 from seamless_w2vbert.dumping.embedding import DATA
 from seamless_w2vbert.dumping.index import Part
 from seamless_w2vbert.dumping.planning import take_census
-from seamless_w2vbert.dumping.reader import dump_stores, local_shard
-from seamless_w2vbert.dumping.run import DumpReport, close
+from seamless_w2vbert.dumping.reader import dump_stores, local_shard, missing_jobs
+from seamless_w2vbert.dumping.run import DumpReport, check_folder, close
 from seamless_w2vbert.dumping.settings import VERSION, Settings, read_info, write_info
 from seamless_w2vbert.dumping.sources import Utterance
 from seamless_w2vbert.dumping.store import Store
@@ -56,7 +56,13 @@ def merge_dumps(
     :raises DumpError: if one is not complete, if they are of different settings, have
         an id in common, or a job of an array is missing.
     """
-    stores = [store for path in dumps for store in dump_stores(os.fspath(path))]
+    stores = []
+    for path in dumps:
+        found = dump_stores(os.fspath(path))
+        if missing := missing_jobs(path, found):
+            raise DumpError(missing)
+        stores += found
+
     if not stores:
         raise DumpError("There is no dump to merge.")
 
@@ -64,28 +70,29 @@ def merge_dumps(
     settings = _common_settings(stores, infos)
     order = _order(stores, infos)
     stores, infos = [stores[n] for n in order], [infos[n] for n in order]
-    parts = [part for store in stores for part in index.read_parts(store)]
+    parts = []
+    for store, info in zip(stores, infos, strict=True):
+        of_store = index.read_parts(store)
+        index.check_whole(store, of_store, info.get("utterances", -1))
+        parts += of_store
     take_census(_Ids(parts))
 
     target = Store(out)
+    check_folder(target, set())
     target.create()
 
     with target.lock():
         info = {
             "version": VERSION,
             "complete": False,
+            "attempt": 0,
             "settings": settings.to_json(),
             "merged_from": [str(store) for store in stores],
             "runs": [run for info in infos for run in info["runs"]],
         }
         there = read_info(target)
-        if there is not None:
-            if there["complete"] or there.get("merged_from") != info["merged_from"]:
-                raise DumpError(
-                    f"{target}: holds another dump; choose an empty folder."
-                )
-        elif any(not name.startswith(".") for name in target.names()):
-            raise DumpError(f"{target}: is not empty; choose an empty folder.")
+        if there is not None and there.get("merged_from") != info["merged_from"]:
+            raise DumpError(f"{target}: holds another dump; choose an empty folder.")
 
         write_info(target, info)
         done = {part.first: part for part in index.read_parts(target)}

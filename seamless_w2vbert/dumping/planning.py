@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -85,11 +85,15 @@ class Committed(Protocol):
 
 
 def cut_shards(
-    source: Iterable[Utterance], committed: Sequence[Committed], size: Size
+    source: Iterable[Utterance],
+    committed: Sequence[Committed],
+    size: Size,
+    again: Collection[int] = (),
 ) -> Iterator[Shard]:
     """Cut what is not committed into shards.
 
     :param committed: in order of position.
+    :param again: the first positions of those to embed again, each as it is.
     :raises DumpError: if the source no longer has what was committed from it.
     """
     utterances = iter(source)
@@ -97,6 +101,8 @@ def cut_shards(
 
     for done in committed:
         yield from _cut(islice(utterances, done.first - position), position, size)
+
+        stretch: list[Utterance] = []
 
         for offset, expected in enumerate(done.ids()):
             found = next(utterances, None)
@@ -108,6 +114,11 @@ def cut_shards(
                     "the new source into another folder; open_dump() reads several "
                     "together."
                 )
+            if done.first in again:
+                stretch.append(found)
+
+        if stretch:
+            yield Shard(done.first, *zip(*measured(stretch), strict=True))
 
         position = done.first + done.count
 
@@ -178,6 +189,9 @@ class Census:
     bounds: tuple[int, ...]
     """The hashes of ids at which the shares of a job array begin, and 2^64."""
 
+    digest: str
+    """SHA-256 of the ids, whatever their order."""
+
     def to_json(self) -> dict[str, Any]:
         """Return it in a form that every JSON reader keeps."""
         bounds = [f"{bound:016x}" for bound in self.bounds]
@@ -186,13 +200,14 @@ class Census:
             "frames": self.frames,
             "num_shards": len(bounds) - 1,
             "bounds": bounds,
+            "digest": self.digest,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Census:
         """Read what :meth:`to_json` wrote."""
         bounds = tuple(int(bound, 16) for bound in data["bounds"])
-        return cls(data["utterances"], data["frames"], bounds)
+        return cls(data["utterances"], data["frames"], bounds, data["digest"])
 
 
 _RECORD = np.dtype([("hash", "<u8"), ("frames", "<u4")])
@@ -224,7 +239,7 @@ def take_census(
         file.flush()
 
         if file.tell() == 0:  # nothing that could be mapped
-            return Census(0, 0, (0,) * num_shards + (HASHES,))
+            return Census(0, 0, (0,) * num_shards + (HASHES,), "")
 
         # Sorted in place, in the file: memory that the system can take back.
         census = np.memmap(file, _RECORD, mode="r+")
@@ -242,7 +257,16 @@ def take_census(
                 bound = int(census["hash"][at]) if at < len(census) else HASHES
                 starts.append(max(bound, starts[-1]))
 
-        return Census(len(census), total if with_lengths else 0, (*starts, HASHES))
+        digest = hashlib.sha256()
+        for start in range(0, len(census), 1 << 16):
+            digest.update(census["hash"][start : start + (1 << 16)].tobytes())
+
+        return Census(
+            utterances=len(census),
+            frames=total if with_lengths else 0,
+            bounds=(*starts, HASHES),
+            digest=digest.hexdigest(),
+        )
 
 
 def _refuse_duplicates(source: Source, hashes: Any) -> None:

@@ -45,6 +45,7 @@ class ShardActor:
         strict: bool,
         max_frames: int | None,
         root: str | None,
+        attempt: int,
         num_threads: int | None,
     ) -> None:
         if num_threads is not None:
@@ -56,6 +57,7 @@ class ShardActor:
 
         self._store = store
         self._settings = settings
+        self._attempt = attempt
         self._watch = StorageWatch(root)
         self._embedder = ShardEmbedder(
             pipeline, settings, normalizer, strict=strict, max_frames=max_frames
@@ -71,7 +73,12 @@ class ShardActor:
                 for embedded, outcomes, moments in self._embedder.embed([shard]):
                     self._watch.check(embedded, outcomes)
                     name = commit(
-                        self._store, self._settings, embedded, outcomes, moments
+                        self._store,
+                        self._settings,
+                        embedded,
+                        outcomes,
+                        moments,
+                        self._attempt,
                     ).name
             except SeamlessW2vBertError as ex:  # Ray would try again, to no avail
                 error = str(ex)

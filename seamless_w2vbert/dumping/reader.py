@@ -8,6 +8,7 @@ is asked for; of an utterance nothing is held but its row in an Arrow table.
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -111,6 +112,37 @@ def dump_stores(path: Location) -> list[Store]:
         )
 
     return stores
+
+
+def missing_jobs(path: Location, stores: Sequence[Store]) -> str | None:
+    """Say which jobs of an array have no dump, or that their dumps do not add up to
+    what was planned; None where they do, or where ``path`` is no array."""
+    root = Store(path)
+
+    if not root.exists("plan.json"):
+        return None
+
+    plan = json.loads(root.read("plan.json"))
+    infos = [_info(store) for store in stores]
+    there = {info["settings"]["share"]["index"] for info in infos}
+    absent = sorted(set(range(plan["num_shards"])) - there)
+
+    if absent:
+        return (
+            f"{root}: of {plan['num_shards']} jobs {len(absent)} are missing, the "
+            f"first is number {absent[0]}; dump with --shard-index {absent[0]} "
+            f"--num-shards {plan['num_shards']}."
+        )
+
+    count = sum(info.get("utterances", 0) for info in infos)
+
+    if all(info["complete"] for info in infos) and count != plan["utterances"]:
+        return (
+            f"{root}: was planned for {plan['utterances']} utterances and has {count}; "
+            "its jobs were of different sources."
+        )
+
+    return None
 
 
 def local_shard(store: Store, name: str) -> Path:

@@ -8,6 +8,7 @@ are passed over, everything else is embedded.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ from seamless_w2vbert.dumping.planning import (
 )
 from seamless_w2vbert.dumping.settings import (
     DTYPES,
+    FILE,
     POOLS,
     VERSION,
     Settings,
@@ -52,6 +54,8 @@ from seamless_w2vbert.dumping.settings import (
     now,
     provenance,
     read_info,
+    replaced_stages,
+    storable,
     write_info,
 )
 from seamless_w2vbert.dumping.sources import Source, Utterance, open_source
@@ -218,40 +222,56 @@ def dump(
         normalize=normalize,
     )
     store = Store(out)
+    check_folder(store, {PLAN} if num_shards > 1 else set(), is_array=num_shards > 1)
     store.create()
-    census: Census | None = None
 
     if num_shards > 1:
         census = _shared_census(store, opened, num_shards)
-        opened = Share(opened, *census.bounds[shard_index : shard_index + 2])
+        bounds = census.bounds[shard_index : shard_index + 2]
+        opened = Share(opened, *bounds)
         store = store / f"part-{shard_index:05d}-of-{num_shards:05d}"
         store.create()
-        first, last = census.bounds[shard_index : shard_index + 2]
         settings = replace(
             settings,
             share={
                 "index": shard_index,
                 "num": num_shards,
-                "from": f"{first:016x}",
-                "to": f"{last:016x}",
+                "from": f"{bounds[0]:016x}",
+                "to": f"{bounds[1]:016x}",
             },
         )
 
+    stop = stop or Event()
+    run = _Run(
+        store,
+        opened,
+        settings,
+        size_of(settings, shard_size, shard_seconds),
+        progress or (lambda _: None),
+        stop,
+    )
+    is_pipeline = isinstance(model, SpeechEncoderPipeline)
+    name = "<pipeline>" if is_pipeline else os.fspath(model)  # type: ignore[arg-type]
+    embedder = ShardEmbedder(
+        pipeline,
+        settings,
+        normalizer,
+        strict=strict,
+        max_frames=max_frames,
+        finished=run.utterance_done,
+    )
+
+    if engine == "ray" and is_pipeline:
+        raise ArgumentError("Ray loads models by name; pass a name or a path.")
+
     with store.lock():
-        run = _Run(
-            store,
-            opened,
-            settings,
-            size_of(settings, shard_size, shard_seconds),
-            progress or (lambda _: None),
-            stop or Event(),
-        )
         run.begin(
             {
-                "source": opened.name,
+                "source": storable(opened.name),
                 "audio_column": audio_column,
                 "id_column": id_column,
-                "model": "<pipeline>" if model is pipeline else os.fspath(model),  # type: ignore[arg-type]
+                "working_directory": storable(os.getcwd()),
+                "model": storable(name),
                 **provenance(pipeline),
             },
             retry_failed=retry_failed,
@@ -262,9 +282,7 @@ def dump(
         if engine == "ray":
             from seamless_w2vbert.dumping import ray_engine
 
-            if model is pipeline:
-                raise ArgumentError("Ray loads models by name; pass a name or a path.")
-            results = ray_engine.embed(
+            parts = ray_engine.embed(
                 run.shards(),
                 store,
                 settings,
@@ -272,27 +290,49 @@ def dump(
                 workers=workers,
                 strict=strict,
                 max_frames=max_frames,
-                model=os.fspath(model),  # type: ignore[arg-type]
+                model=name,
                 device=str(device),
                 compute_dtype=compute_dtype,
                 root=opened.root,
-                stop=run.stop,
+                attempt=run.attempt,
+                stop=stop,
             )
-            results = map(run.part_done, results)
-        else:
-            embedder = ShardEmbedder(
-                pipeline,
-                settings,
-                normalizer,
-                strict=strict,
-                max_frames=max_frames,
-                finished=run.utterance_done,
-            )
-            results = embed_here(
-                embedder, run.shards(), store, settings, opened.root, run.stop
-            )
+            return run.finish(map(run.part_done, parts))
 
-        return run.finish(results)
+        return run.finish(
+            embed_here(
+                embedder, run.shards(), store, settings, opened.root, run.attempt, stop
+            )
+        )
+
+
+def check_folder(store: Store, known: set[str], *, is_array: bool = False) -> None:
+    """See that a folder is empty, or a dump's.
+
+    :param known: names that may be in it besides.
+    :param is_array: whether parts of jobs may be.
+    :raises DumpError: if it is something else's.
+    """
+    if store.exists(FILE):
+        if is_array:
+            raise DumpError(
+                f"{store}: is the dump of one job; choose another folder for several."
+            )
+        return
+
+    foreign = [
+        name
+        for name in store.names()
+        if name not in known
+        and not name.startswith(".")
+        and not (is_array and name.startswith("part-"))
+    ]
+
+    if foreign:
+        raise DumpError(
+            f"{store}: is not empty and no dump ({storable(foreign[0])} is in it); "
+            "choose an empty folder."
+        )
 
 
 def load_pipeline(
@@ -333,7 +373,8 @@ def _check_options(
     formats.check_dtype(format, dtype)
 
     for name, number in (("shard_size", shard_size), ("shard_seconds", shard_seconds)):
-        if isinstance(number, bool) or not number > 0:
+        known_number = isinstance(number, (int, float)) and math.isfinite(number)
+        if isinstance(number, bool) or not known_number or not number > 0:
             raise ArgumentError(f"`{name}` is {number!r}; expected more than 0.")
 
     if workers is not None and (engine == "local" or workers < 1):
@@ -382,6 +423,7 @@ def make_settings(
         overlap=overlap,
         normalize=None if normalizer is None else normalizer.digest,
         model=model_digest(pipeline.module),
+        stages=replaced_stages(pipeline),
         compute_dtype=str(pipeline.dtype).removeprefix("torch."),
         columns=column_names(source.column_types),
     ), normalizer
@@ -431,13 +473,9 @@ def _shared_census(store: Store, source: Source, num_shards: int) -> Census:
             ) from None
 
     census = read()
+    mine = None
 
     if census is None:
-        if foreign := [name for name in store.names() if not name.startswith(".")]:
-            raise DumpError(
-                f"{store}: is not empty ({foreign[0]}) and no dump of several jobs; "
-                "choose an empty folder."
-            )
         mine = take_census(
             source, with_lengths=not source.streaming, num_shards=num_shards
         )
@@ -451,6 +489,15 @@ def _shared_census(store: Store, source: Source, num_shards: int) -> Census:
             f"{store}: is the dump of {len(census.bounds) - 1} jobs, not {num_shards}; "
             "use the same --num-shards, or another folder."
         )
+
+    if not source.streaming:
+        mine = mine or take_census(source)
+        if mine.digest != census.digest:
+            raise DumpError(
+                f"{store}: its jobs were planned for a source of {census.utterances} "
+                f"utterances, and {source.name} has other ids ({mine.utterances} "
+                "utterances); dump it into another folder."
+            )
 
     return census
 
@@ -479,6 +526,9 @@ class _Run:
         self.stop = stop
         self._info: dict[str, Any] = {}
         self._parts: list[Part] = []
+        self._again: set[int] = set()
+        self._was_complete = False
+        self.attempt = 0
         self._started = 0.0
         self._progress = Progress(total=None)
 
@@ -487,13 +537,7 @@ class _Run:
         store, settings = self._store, self._settings
         there = read_info(store)
 
-        if there is None:
-            names = {name for name in store.names() if not name.startswith(".")}
-            if names - {PLAN}:
-                raise DumpError(
-                    f"{store}: is not empty and no dump; choose an empty folder."
-                )
-        else:
+        if there is not None:
             settings.check_equal(Settings.from_json(there["settings"]), str(store))
             if "merged_from" in there:
                 raise DumpError(
@@ -506,50 +550,59 @@ class _Run:
             if not total and settings.share is None:
                 raise _empty(self._source)
 
-        self._parts = self._clean(retry_failed)
-        runs = [] if there is None else there["runs"]
+        info: dict[str, Any] = there or {"runs": [], "complete": False}
+        # A retry that was interrupted is gone on with, and is no other.
+        self.attempt = info.get("attempt", 0)
+        if retry_failed and (info["complete"] or not self.attempt):
+            self.attempt += 1
+
+        self._parts = self._committed()
+        self._again = {
+            part.first
+            for part in self._parts
+            if retry_failed and part.failed and part.attempt < self.attempt
+        }
+        runs = info["runs"]
         if not runs or any(runs[-1].get(key) != origin[key] for key in origin):
             runs = [*runs, {"started": now(), **origin}]
 
+        self._was_complete = bool(info["complete"]) and not self._again
         self._info = {
             "version": VERSION,
             "complete": False,
+            "attempt": self.attempt,
             "settings": settings.to_json(),
             "runs": runs,
         }
-        write_info(store, self._info)
+        if not self._was_complete:
+            write_info(store, self._info)
 
+        there_already = [part for part in self._parts if part.first not in self._again]
         self._progress = Progress(
             total=total,
-            done=sum(part.count for part in self._parts),
-            failed=sum(part.failed for part in self._parts),
-            audio_seconds=sum(part.samples for part in self._parts) / SAMPLING_RATE,
+            done=sum(part.count for part in there_already),
+            failed=sum(part.failed for part in there_already),
+            audio_seconds=sum(part.samples for part in there_already) / SAMPLING_RATE,
         )
         self._started = time.monotonic()
 
-    def _clean(self, retry_failed: bool) -> list[Part]:
-        """Return what is committed; remove what is not."""
+    def _committed(self) -> list[Part]:
+        """Return what is committed and whose files are there; remove files that no
+        part names."""
         store = self._store
-        parts = index.read_parts(store)
+        present = set(store.names(DATA))
+        parts = [part for part in index.read_parts(store) if part.shards <= present]
 
-        if retry_failed:
-            for part in parts:
-                if part.failed:
-                    store.remove(part.name)
-            parts = [part for part in parts if not part.failed]
-
-        # Elsewhere another process may be about to commit it.
+        # Behind a URL, another process may be about to commit them.
         if not store.is_remote:
-            named = {name.partition("/")[0] for part in parts for name in part.files}
-            for name in store.names(DATA):
-                if name not in named:
-                    store.remove(f"{DATA}/{name}")
+            for name in present - {name for part in parts for name in part.shards}:
+                store.remove(f"{DATA}/{name}")
 
         return parts
 
     def shards(self) -> Iterator[Shard]:
         """Cut what is to be done."""
-        return cut_shards(self._utterances(), self._parts, self._size)
+        return cut_shards(self._utterances(), self._parts, self._size, self._again)
 
     def _utterances(self) -> Iterable[Utterance]:
         if not self._source.streaming:
@@ -583,32 +636,29 @@ class _Run:
 
     def finish(self, results: Iterable[Part]) -> DumpReport:
         """Take in what is committed, as it is; then close the dump."""
-        parts = list(self._parts)
+        by_place = {part.first: part for part in self._parts}
         new = new_samples = 0
 
         for part in results:
-            parts.append(part)
+            if self._was_complete and not new:
+                write_info(self._store, self._info)
+            by_place[part.first] = part
             new += part.count
             new_samples += part.samples
 
-        parts.sort(key=lambda part: part.first)
+        parts = [by_place[first] for first in sorted(by_place)]
         count = sum(part.count for part in parts)
         failed = sum(part.failed for part in parts)
         samples = sum(part.samples for part in parts)
-        complete = not self.stop.is_set() or count == self._progress.total
+        complete = not self.stop.is_set() or self._progress.done == self._progress.total
 
-        if complete:
+        if complete and (new or not self._was_complete):
             if self._progress.total not in (None, count):
                 raise DumpError(
                     f"{self._source.name}: had {self._progress.total} utterances at "
                     f"the beginning and {count} at the end; run the command again."
                 )
-            close(
-                self._store,
-                self._settings,
-                self._info,
-                parts,
-            )
+            close(self._store, self._settings, self._info, parts)
 
         return DumpReport(
             location=str(self._store),
@@ -668,6 +718,7 @@ def embed_here(
     store: Store,
     settings: Settings,
     root: str | None,
+    attempt: int,
     stop: Event,
 ) -> Iterator[Part]:
     """Embed shards in this process; one is written while the next is embedded."""
@@ -679,7 +730,9 @@ def embed_here(
             watch.check(shard, outcomes)
             if pending is not None:
                 yield pending.result()
-            pending = writer.submit(commit, store, settings, shard, outcomes, moments)
+            pending = writer.submit(
+                commit, store, settings, shard, outcomes, moments, attempt
+            )
             del outcomes  # when it is written, nothing holds it any more
             if stop.is_set():
                 break
@@ -696,13 +749,17 @@ def plan(
     model: str | os.PathLike[str] | SpeechEncoderPipeline = "conformer_shaw",
     *,
     layers: encoder.Layers = -1,
+    format: str = "parquet",
     dtype: str = "float32",
     pool: str | None = None,
     columns: Sequence[str] = (),
+    normalize: str | os.PathLike[str] | None = None,
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
     shard_index: int = 0,
     num_shards: int = 1,
+    shard_size: int = DEFAULT_SHARD_SIZE,
+    shard_seconds: float = DEFAULT_SHARD_SECONDS,
     chunk: float | None = None,
     overlap: float = 0.0,
     audio_column: str = "audio",
@@ -715,6 +772,7 @@ def plan(
     The parameters are those of :func:`dump`.
     """
     check_share(shard_index, num_shards)
+    _check_options(format, dtype, pool, shard_size, shard_seconds, "local", None)
     opened = open_source(
         source, columns=columns, audio_column=audio_column, id_column=id_column
     )
@@ -723,12 +781,12 @@ def plan(
         pipeline,
         opened,
         layers=layers,
-        format="parquet",
+        format=format,
         dtype=dtype,
         pool=pool,
         chunk=chunk,
         overlap=overlap,
-        normalize=None,
+        normalize=normalize,
     )
     census = take_census(opened, with_lengths=True, num_shards=num_shards)
 
@@ -740,7 +798,7 @@ def plan(
     else:
         frames, utterances = census.frames, census.utterances
 
-    size = size_of(settings, DEFAULT_SHARD_SIZE, DEFAULT_SHARD_SECONDS)
+    size = size_of(settings, shard_size, shard_seconds)
     run = streaming.Stream(
         pipeline,
         layers=settings.layers,

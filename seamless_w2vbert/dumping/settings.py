@@ -32,7 +32,7 @@ from seamless_w2vbert.constants import (
 from seamless_w2vbert.dumping.formats import Layout
 from seamless_w2vbert.dumping.store import Store
 from seamless_w2vbert.errors import ArgumentError, DumpError
-from seamless_w2vbert.pipeline import SpeechEncoderPipeline
+from seamless_w2vbert.pipeline import STAGES, SpeechEncoderPipeline
 
 FILE = "dump.json"
 
@@ -73,6 +73,9 @@ class Settings:
     columns: Mapping[str, str]
     """The Arrow types of the carried columns."""
 
+    stages: tuple[str, ...] = ()
+    """The stages of the pipeline that are not its own."""
+
     share: Mapping[str, Any] | None = None
     """The job of an array that this is: ``index``, ``num``, ``from``, ``to``."""
 
@@ -106,7 +109,9 @@ class Settings:
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
         """Read what :meth:`to_json` wrote."""
         settings = cls(**data)
-        return replace(settings, layers=tuple(settings.layers))
+        return replace(
+            settings, layers=tuple(settings.layers), stages=tuple(settings.stages)
+        )
 
     def check_equal(self, there: Settings, where: str) -> None:
         """
@@ -130,9 +135,6 @@ class Settings:
 def _short(value: Any) -> str:
     text = str(value)
     return text[:12] if len(text) == 64 else text
-
-
-_STRINGS = {"string": pa.string(), "large_string": pa.large_string()}
 
 
 def _arrow_type(name: str, kind: str) -> pa.DataType:
@@ -178,6 +180,22 @@ def model_digest(module: Module) -> str:
     return digest.hexdigest()
 
 
+def replaced_stages(pipeline: SpeechEncoderPipeline) -> tuple[str, ...]:
+    """Return which stages of a pipeline were replaced or added to, and by what."""
+    names = []
+
+    for stage in STAGES:
+        function = getattr(pipeline, stage)
+        kind = type(function)
+        module = getattr(function, "__module__", kind.__module__)
+        name = getattr(function, "__qualname__", kind.__qualname__)
+        own = module.startswith("seamless_w2vbert.") and "<locals>" not in name
+        if not own:
+            names.append(f"{stage}: {module}.{name}")
+
+    return tuple(names)
+
+
 def attention_of(module: Module) -> str:
     """Return the name of the class that computes the encoder's attention."""
     found = [
@@ -212,6 +230,11 @@ def provenance(pipeline: SpeechEncoderPipeline) -> dict[str, Any]:
     }
 
 
+def storable(text: str) -> str:
+    """Return ``text`` as valid Unicode: names of files may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def now() -> str:
     """Return the time as dump.json has it."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -225,27 +248,32 @@ def read_info(store: Store) -> dict[str, Any] | None:
 
     :raises DumpError: if it is damaged, or of a version to come.
     """
+    damaged = f"{store}/{FILE}: is damaged; dump into another folder"
+
     try:
         info = json.loads(store.read(FILE))
-        number = info["version"]
-        Settings.from_json(info["settings"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as ex:
-        newer = isinstance(ex, (KeyError, TypeError)) and info.get("version") != VERSION
-        if not newer:
-            raise DumpError(
-                f"{store}/{FILE}: is damaged ({ex}); dump into another folder."
-            ) from None
-        number = info.get("version")
+    except ValueError as ex:
+        raise DumpError(f"{damaged} ({ex}).") from None
 
-    if number != VERSION:
+    if not isinstance(info, dict) or not isinstance(info.get("version"), int):
+        raise DumpError(f"{damaged} (it has no version).")
+
+    if info["version"] != VERSION:
         raise DumpError(
-            f"{store}/{FILE}: is of version {number}; this package reads {VERSION}. "
-            "Install a newer one."
+            f"{store}/{FILE}: is of version {info['version']}; this package reads "
+            f"{VERSION}. Install a newer one."
         )
 
-    return dict(info)
+    info = {"complete": False, "runs": [], **info}
+
+    try:
+        Settings.from_json(info["settings"])
+    except (KeyError, TypeError) as ex:
+        raise DumpError(f"{damaged} ({ex}).") from None
+
+    return info
 
 
 def write_info(store: Store, info: Mapping[str, Any]) -> None:

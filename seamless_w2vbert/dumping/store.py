@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from seamless_w2vbert.errors import DumpError
+from seamless_w2vbert.errors import ArgumentError, DumpError, SeamlessW2vBertError
 from seamless_w2vbert.urls import filesystem, is_url
 
-_TEMPORARY = ".tmp"
-_LOCK = ".lock"
+_TEMPORARY = ".seamless_w2vbert-tmp"
+_LOCK = ".seamless_w2vbert-lock"
 
 
 class Store:
@@ -33,7 +33,19 @@ class Store:
         :param location: a local folder, or a URL such as ``s3://bucket/folder``.
         :raises DumpError: if nothing is known that reaches the URL.
         """
-        self.location = os.fspath(location).rstrip("/") or "/"
+        self.location = os.fspath(location)
+
+        try:
+            self.location.encode()
+        except UnicodeEncodeError:
+            raise ArgumentError(
+                f"{self.location!r}: the name of a dump must be valid UTF-8."
+            ) from None
+
+        if not self.location:
+            raise ArgumentError("The name of the dump is empty.")
+
+        self.location = self.location.rstrip("/") or "/"
         self._fs: Any = None
         self._root = self.location
         self._cache: Path | None = None
@@ -122,9 +134,12 @@ class Store:
             if self.is_remote:
                 self._fs.makedirs(self._root, exist_ok=True)
             else:
-                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                except (FileExistsError, NotADirectoryError):
+                    raise DumpError(f"{self}: is a file; name a folder.") from None
                 if not os.access(self.path, os.W_OK):
-                    raise PermissionError(13, "Permission denied")
+                    raise DumpError(f"{self}: cannot be written to; name another.")
 
     @contextlib.contextmanager
     def workspace(self) -> Iterator[Path]:
@@ -147,6 +162,8 @@ class Store:
 
         Locally it is on the disk when this returns, and appears at once.
         """
+        self._forget(name)
+
         with self._errors(name, "written"):
             if self.is_remote:
                 if local.is_dir():
@@ -202,8 +219,19 @@ class Store:
 
         return True
 
+    def _forget(self, name: str) -> None:
+        """Remove the local copy of what is to change."""
+        if self._cache is not None:
+            copy = self._cache / name
+            if copy.is_dir():
+                shutil.rmtree(copy)
+            else:
+                copy.unlink(missing_ok=True)
+
     def remove(self, name: str) -> None:
         """Remove a file or folder, if it is there."""
+        self._forget(name)
+
         with self._errors(name, "removed"):
             if self.is_remote:
                 with contextlib.suppress(FileNotFoundError):
@@ -265,11 +293,18 @@ class Store:
             raise self._error(name, verb, ex) from ex
         except OSError as ex:
             raise self._error(name, verb, ex) from ex
+        except SeamlessW2vBertError:
+            raise
+        except Exception as ex:  # filesystems behind URLs have exceptions of their own
+            if not self.is_remote:
+                raise
+            raise self._error(name, verb, ex) from ex
 
-    def _error(self, name: str, verb: str, ex: OSError) -> DumpError:
+    def _error(self, name: str, verb: str, ex: Exception) -> DumpError:
         where = f"{self}/{name}" if name else str(self)
+        reason = getattr(ex, "strerror", None) or ex
         return DumpError(
-            f"{where}: cannot be {verb}: {ex.strerror or ex}. What was written before "
+            f"{where}: cannot be {verb}: {reason}. What was written before "
             "is safe; run the same command again to go on."
         )
 

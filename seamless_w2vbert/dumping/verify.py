@@ -7,11 +7,14 @@ sample is embedded again.
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,12 +25,13 @@ from seamless_w2vbert.dumping.embedding import DATA, Outcome, ShardEmbedder
 from seamless_w2vbert.dumping.formats import ShardReader
 from seamless_w2vbert.dumping.index import EMBEDDED, FAILED, Part
 from seamless_w2vbert.dumping.planning import Shard, measured
-from seamless_w2vbert.dumping.reader import dump_stores, local_shard
+from seamless_w2vbert.dumping.reader import dump_stores, local_shard, missing_jobs
 from seamless_w2vbert.dumping.run import load_pipeline
 from seamless_w2vbert.dumping.settings import Settings, model_digest, read_info
 from seamless_w2vbert.dumping.sources import Utterance, open_source
 from seamless_w2vbert.dumping.store import Store, sha256
 from seamless_w2vbert.errors import DumpError, SeamlessW2vBertError
+from seamless_w2vbert.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class _Verifier:
             expected = part.first + part.count
             self._check_part(store, settings, part)
 
+        if info["complete"]:
+            self._check_statistics(store, parts)
+
         counts = {
             "utterances": sum(part.count for part in parts),
             "failed": sum(part.failed for part in parts),
@@ -84,9 +91,9 @@ class _Verifier:
             self._say(f"{store}: is not complete; run the same dump again to go on")
         else:
             for key, value in counts.items():
-                if info[key] != value:
+                if info.get(key) != value:
                     self._say(
-                        f"{store}: dump.json counts {info[key]} {key}, the index "
+                        f"{store}: dump.json counts {info.get(key)} {key}, the index "
                         f"{value}"
                     )
 
@@ -97,6 +104,25 @@ class _Verifier:
 
         return settings, info, parts
 
+    def _check_statistics(self, store: Store, parts: Sequence[Part]) -> None:
+        total: dict[int, statistics.Moments] = {}
+        for part in parts:
+            statistics.merge_into(total, part.moments())
+
+        try:
+            with np.load(io.BytesIO(store.read(statistics.FILE))) as stored:
+                same = all(
+                    np.array_equal(stored[f"mean_{layer}"], moments.mean)
+                    and np.array_equal(stored[f"var_{layer}"], moments.variance)
+                    for layer, moments in total.items()
+                )
+        except (OSError, ValueError, KeyError, BadZipFile) as ex:
+            self._say(f"{store}/{statistics.FILE}: cannot be read: {ex}")
+            return
+
+        if not same:
+            self._say(f"{store}/{statistics.FILE}: is not that of the shards")
+
     def _check_part(self, store: Store, settings: Settings, part: Part) -> None:
         damaged = False
 
@@ -105,7 +131,10 @@ class _Verifier:
                 file = store.local(f"{DATA}/{name}")
                 size, digest = file.stat().st_size, sha256(file)
             except (OSError, DumpError) as ex:
-                self._say(f"{store}/{DATA}/{name}: cannot be read: {ex}")
+                self._say(
+                    f"{store}/{DATA}/{name}: cannot be read ({ex}); dump again, which "
+                    "embeds what is missing"
+                )
                 damaged = True
                 continue
             self.bytes += size
@@ -130,10 +159,12 @@ class _Verifier:
         if (len(rows), failed) != (part.count, part.failed):
             self._say(f"{store}/{part.name}: has {len(rows)} rows, not {part.count}")
 
+        here = f"{store}/{part.name}"
         for row in rows:
-            other = self.ids.setdefault(row["id"], part.name)
-            if other != part.name:
-                self._say(f"{store}: {row['id']!r} is in {other} and {part.name}")
+            if row["id"] in self.ids:
+                other = self.ids[row["id"]]
+                self._say(f"{row['id']!r} is in {other} and in {here}")
+            self.ids[row["id"]] = here
 
         embedded = [row for row in rows if row["status"] == EMBEDDED]
 
@@ -207,7 +238,8 @@ class _Verifier:
             )
 
         embedder = ShardEmbedder(pipeline, settings, normalizer)
-        utterances = [_utterance(row) for row in rows]
+        base = info["runs"][-1]["working_directory"]
+        utterances = [_utterance(row, base) for row in rows]
         shards = (
             Shard(0, (utterance,), (frames,))
             for utterance, frames in measured(utterances)
@@ -216,6 +248,8 @@ class _Verifier:
         for row, (_, (outcome,), _) in zip(rows, embedder.embed(shards), strict=True):
             if outcome.error is not None:
                 outcome = self._from_source(info, embedder, row) or outcome
+            if outcome.error is not None and info["runs"][-1]["source"].startswith("<"):
+                continue  # it was dumped from Python objects, which are gone
             self._compare(store, settings, row, outcome)
 
     def _from_source(
@@ -306,12 +340,16 @@ def _sample(parts: Sequence[Part], size: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _utterance(row: dict[str, Any]) -> Utterance:
+def _utterance(row: dict[str, Any], base: str) -> Utterance:
+    """
+    :param base: what relative paths were relative to.
+    """
     start, end = row["start"], row["end"]
     whole = start is None and end is None
-    audio: Any = row["source"]
-    if not whole:
-        audio = Clip(row["source"], start or 0.0, end)
+    path = row["source"]
+    if not (is_url(path) or os.path.isabs(path)):
+        path = os.path.join(base, path)
+    audio: Any = path if whole else Clip(path, start or 0.0, end)
 
     return Utterance(id=row["id"], audio=audio, source=row["source"])
 
@@ -332,6 +370,8 @@ def verify_dump(
     """
     verifier = _Verifier()
     stores = dump_stores(path)
+    if missing := missing_jobs(path, stores):
+        verifier.problems.append(missing)
     checked = [(store, *verifier.check(store)) for store in stores]
     share = math.ceil(sample / max(len(checked), 1))
 

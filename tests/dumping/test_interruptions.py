@@ -80,7 +80,7 @@ def files_of(out):
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in ("dump.json", ".lock")
+        if path.is_file() and path.name not in ("dump.json", ".seamless_w2vbert-lock")
     }
 
 

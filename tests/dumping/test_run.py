@@ -41,7 +41,7 @@ def files_of(out):
     return {
         path.relative_to(out).as_posix(): path.read_bytes()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in ("dump.json", ".lock")
+        if path.is_file() and path.name not in ("dump.json", ".seamless_w2vbert-lock")
     }
 
 
@@ -297,7 +297,7 @@ def test_a_folder_with_something_else_in_it_is_refused(corpus, pipeline, tmp_pat
 def test_two_processes_on_one_folder_are_refused(corpus, whole, pipeline):
     import fcntl
 
-    with open(whole / ".lock", "a+b") as file:
+    with open(whole / ".seamless_w2vbert-lock", "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DumpError, match="another process is writing"):
             dump(corpus, whole, pipeline, layers=(1, 3), **SMALL)
@@ -435,6 +435,135 @@ def test_storage_that_goes_away_is_no_heap_of_failures(corpus, pipeline, tmp_pat
     assert 0 < report.new < 24
 
 
+def test_a_retry_never_gives_up_what_was_embedded(one_in_five_bad, pipeline, tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    for path in one_in_five_bad.iterdir():
+        (root / path.name).write_bytes(path.read_bytes())
+    paths = sorted(map(str, root.iterdir()))
+    dump(paths, tmp_path / "d", pipeline, **SMALL)
+    before = files_of(tmp_path / "d")
+
+    # Now others cannot be read, and those that could not still cannot.
+    for path in paths[::2]:
+        with open(path, "wb") as file:
+            file.write(b"no audio")
+    report = dump(paths, tmp_path / "d", pipeline, retry_failed=True, **SMALL)
+
+    assert (report.embedded, report.failed) == (16, 4)
+    after = files_of(tmp_path / "d")
+    assert {n: c for n, c in after.items() if n.startswith("data")} == {
+        n: c for n, c in before.items() if n.startswith("data")
+    }
+    assert verify_dump(str(tmp_path / "d"), sample=0).problems == ()
+
+
+def test_a_retry_behind_a_url_leaves_true_statistics(tmp_path, pipeline, speech):
+    soundfile.write(tmp_path / "a.wav", speech.samples[:16000], 16000)
+    (tmp_path / "b.wav").write_bytes(b"no audio")
+    paths = [str(tmp_path / "a.wav"), str(tmp_path / "b.wav")]
+    out = "memory://bucket/retried"
+    dump(paths, out, pipeline)
+    soundfile.write(tmp_path / "b.wav", 0.1 * speech.samples[16000:48000], 16000)
+    report = dump(paths, out, pipeline, retry_failed=True)
+    assert (report.embedded, report.failed) == (2, 0)
+
+    opened = open_dump(out)
+    frames = np.concatenate([opened[id] for id in opened.ids]).astype(np.float64)
+    mean, variance = opened.statistics(3)
+    np.testing.assert_allclose(mean, frames.mean(axis=0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(variance, frames.var(axis=0), rtol=1e-9)
+    assert verify_dump(out, sample=0).problems == ()
+
+
+def test_a_shard_whose_file_is_gone_is_embedded_again(
+    corpus, whole, pipeline, tmp_path
+):
+    out = tmp_path / "d"
+    dump(corpus, out, pipeline, layers=(1, 3), **SMALL)
+    sorted((out / "data").iterdir())[2].unlink()
+    report = dump(corpus, out, pipeline, layers=(1, 3), **SMALL)
+    assert 0 < report.new < 24
+    assert files_of(out) == files_of(whole)
+
+
+def test_a_run_that_is_refused_leaves_a_complete_dump_complete(
+    pipeline, speech, tmp_path
+):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "ab":
+        soundfile.write(folder / f"{name}.wav", speech.samples[:16000], 16000)
+    dump(folder, tmp_path / "d", pipeline)
+    (folder / "a.wav").unlink()
+
+    with pytest.raises(DumpError, match="has changed"):
+        dump(folder, tmp_path / "d", pipeline)
+    with pytest.raises(ArgumentError, match="max_frames"):
+        dump(folder, tmp_path / "d", pipeline, max_frames=0)
+    assert open_dump(tmp_path / "d").complete
+
+
+def test_a_pipeline_with_another_step_is_refused(corpus, whole):
+    other = SpeechEncoderPipeline.from_pretrained("tiny-random")
+    other.insert_after("fbank", lambda fbank: fbank[4:])
+    with pytest.raises(DumpError, match=r"other settings .*stages"):
+        dump(corpus, whole, other, layers=(1, 3), **SMALL)
+
+
+def test_storage_that_is_away_from_the_start_is_no_dump_of_failures(tmp_path, pipeline):
+    paths = [str(tmp_path / "away" / f"{name}.wav") for name in "abc"]
+    with pytest.raises(DumpError, match="went away"):
+        dump(paths, tmp_path / "d", pipeline)
+
+
+def test_storage_that_goes_away_in_the_first_shard_is_noticed(
+    corpus, pipeline, tmp_path
+):
+    away = tmp_path / "mount"
+    away.mkdir()
+    for path in corpus.rglob("*.flac"):
+        (away / path.name).write_bytes(path.read_bytes())
+
+    def vanish(progress):
+        if progress.done == 6:
+            away.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(DumpError, match="went away"):
+        dump(
+            sorted(map(str, away.iterdir())),
+            tmp_path / "d",
+            pipeline,
+            progress=vanish,
+            max_frames=300,
+        )
+
+
+def test_what_a_format_cannot_hold_fails_before_it_counts(
+    corpus, pipeline, tmp_path, monkeypatch
+):
+    from seamless_w2vbert.dumping.formats import parquet
+
+    monkeypatch.setattr(parquet, "_MAX_PAGE", 40_000)
+    report = dump(corpus, tmp_path / "d", pipeline)
+    assert report.failed > 0
+    opened = open_dump(tmp_path / "d")
+    frames = sum(len(opened[id]) for id in opened.ids)
+    assert np.load(tmp_path / "d" / "statistics.npz")["frames"] == frames
+    with pytest.raises(DumpError, match="--strict"):
+        dump(corpus, tmp_path / "strict", pipeline, strict=True)
+
+
+def test_a_name_that_is_no_folder_for_a_dump_is_refused(corpus, pipeline, tmp_path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(DumpError, match="is a file"):
+        dump(corpus, tmp_path / "file", pipeline)
+    with pytest.raises(ArgumentError, match="is empty"):
+        dump(corpus, "", pipeline)
+    with pytest.raises(ArgumentError, match="UTF-8"):
+        dump(corpus, tmp_path / "d\udcff", pipeline)
+
+
 # -- job arrays ------------------------------------------------------------------------
 
 
@@ -478,6 +607,26 @@ def test_an_array_with_a_job_missing_is_not_merged(corpus, pipeline, tmp_path):
         merge_dumps([tmp_path / "d"], tmp_path / "merged")
     with pytest.warns(UserWarning, match="complete"):
         assert not open_dump(tmp_path / "d").complete
+
+
+def test_jobs_of_different_sources_are_refused(corpus, pipeline, speech, tmp_path):
+    dump(corpus, tmp_path / "d", pipeline, shard_index=0, num_shards=2)
+    with pytest.raises(DumpError, match="has other ids"):
+        dump([("a", speech)], tmp_path / "d", pipeline, shard_index=1, num_shards=2)
+
+
+def test_what_is_lost_of_a_dump_is_not_merged_away(corpus, pipeline, tmp_path):
+    dump(corpus, tmp_path / "d", pipeline, **SMALL)
+    sorted((tmp_path / "d" / "index").iterdir())[1].unlink()
+    with pytest.raises(DumpError, match="the index lacks utterance"):
+        merge_dumps([tmp_path / "d"], tmp_path / "merged")
+
+
+def test_a_merge_can_be_repeated(corpus, pipeline, tmp_path):
+    dump(corpus, tmp_path / "d", pipeline, **SMALL)
+    for _ in range(2):
+        report = merge_dumps([tmp_path / "d"], tmp_path / "merged")
+        assert report.embedded == 24
 
 
 def test_more_jobs_than_utterances_leave_some_empty(pipeline, speech, tmp_path):
@@ -549,6 +698,11 @@ def test_damage_to_a_dump_is_found(corpus, pipeline, tmp_path):
     assert shard.name in problem
     assert "not what was written" in problem
 
+    (out / "statistics.npz").rename(tmp_path / "kept.npz")
+    assert "statistics.npz: cannot be read" in " ".join(
+        verify_dump(str(out), sample=0).problems
+    )
+    (tmp_path / "kept.npz").rename(out / "statistics.npz")
     shard.unlink()
     assert shard.name in verify_dump(str(out), sample=0).problems[0]
     sorted((out / "index").iterdir())[1].unlink()

@@ -170,7 +170,7 @@ class ShardWriter(ABC):
                     f"{id}: layer {layer} must be {layout.dtype} of shape {expected}, "
                     f"but is {str(tensor.dtype).removeprefix('torch.')} of {shape}."
                 )
-            self._check_size(id, tensor)
+            self.check_size(id, tensor)
 
         for layer, tensor in zip(layout.layers, tensors, strict=True):
             if not torch.isfinite(tensor).all():
@@ -181,7 +181,8 @@ class ShardWriter(ABC):
 
         return [tensor.contiguous() for tensor in tensors]
 
-    def _check_size(self, id: str, tensor: Tensor) -> None:  # noqa: B027
+    @classmethod  # noqa: B027
+    def check_size(cls, id: str, tensor: Tensor) -> None:
         """
         :raises DumpError: if the format cannot hold an array of that size.
         """

@@ -87,7 +87,8 @@ class ParquetWriter(ShardWriter):
                 "cannot carry one of that name; rename it in the source."
             )
 
-    def _check_size(self, id: str, tensor: Tensor) -> None:
+    @classmethod
+    def check_size(cls, id: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
 
         if size + _LEVELS_PER_FRAME * len(tensor) > _MAX_PAGE:

@@ -8,18 +8,29 @@ There are only left + 1 + right different vectors: ``q @ table.T`` holds every s
 that relative positions can add, and each pair's score is one of its columns. Queries
 are taken a block at a time, so that no S x S matrix is ever whole.
 
-Tensor names carry their dimensions: N batch, H heads, S positions, B positions of a
-block, K the width of a head, R = left + 1 + right relative positions.
+Two ways lead to the same numbers. :func:`_infer` is for CPU without gradients: it adds
+to plain scores, in place, along their diagonal alone. :func:`_attend_in_blocks` is for
+everything else, and differentiable.
+
+Tensor names carry their dimensions: N batch, H heads, G heads of a group, S positions,
+B positions of a block, K the width of a head, R = left + 1 + right relative positions,
+P = S + R - 1 positions with the padding that lets each have a whole window.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 _MAX_SCORES = 4 * 2**20
 """How many scores one block of queries may have over all heads: 16 MB in float32."""
+
+_ROWS = 256
+"""How many queries :func:`_infer` takes at a time, unless a sequence is very long."""
+
+_TILE = 2**18
+"""How many scores of a block fit the second-level cache of a core: 1 MB in float32."""
 
 
 def shaw_attention(
@@ -42,11 +53,11 @@ def shaw_attention(
     :param max_left: how many rows of the table look back.
     :param keep_NS: which keys may be attended to, bool, at least one in each sequence;
         None for all.
-    :returns: (N, H, S, K).
+    :returns: (N, H, S, K). Of queries that are padding at the end of a sequence,
+        what is returned means nothing.
     """
-    n, heads, positions, width = q_NHSK.shape
+    n, _, positions, _ = q_NHSK.shape
     relative = table_RK.size(0)
-    max_right = relative - 1 - max_left
 
     if not 0 <= max_left < relative:
         raise ValueError(
@@ -54,6 +65,133 @@ def shaw_attention(
             f"is {max_left}."
         )
 
+    inputs = (q_NHSK, k_NHSK, v_NHSK, table_RK)
+    if q_NHSK.device.type == "cpu" and not (
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    ):
+        lengths = _lengths(keep_NS, n, positions)
+        if lengths is not None:
+            return _infer(*inputs, max_left, lengths)
+
+    return _attend_in_blocks(*inputs, max_left, keep_NS)
+
+
+def _lengths(keep_NS: Tensor | None, n: int, positions: int) -> list[int] | None:
+    """Return how many keys each sequence keeps, or None if they are not its first."""
+    if keep_NS is None:
+        return [positions] * n
+
+    lengths_N = keep_NS.sum(dim=1)
+    first_NS = torch.arange(positions, device=keep_NS.device) < lengths_N.unsqueeze(1)
+
+    return lengths_N.tolist() if torch.equal(first_NS, keep_NS) else None
+
+
+def _infer(
+    q_NHSK: Tensor,
+    k_NHSK: Tensor,
+    v_NHSK: Tensor,
+    table_RK: Tensor,
+    max_left: int,
+    lengths: list[int],
+) -> Tensor:
+    """Attend on CPU, with no work on padding and nothing kept for gradients.
+
+    Softmax does not see what is added to a whole row, so scores are relative to that of
+    the far left. What is left to add is a constant on the right of a row, and the
+    window: R consecutive columns, one further right in each row, which is a view.
+    """
+    n, heads, positions, width = q_NHSK.shape
+    relative = table_RK.size(0)
+    # (N, S, H, K) in memory, which is what comes next after attention.
+    output_NHSK = q_NHSK.new_zeros(n, positions, heads, width).transpose(1, 2)
+    window_KR = ((table_RK - table_RK[:1]) * width**-0.5).T
+
+    for index, length in enumerate(lengths):
+        q_HSK = q_NHSK[index, :, :length]
+        # A window's width of nothing around the keys: each row has a whole window.
+        around = (0, 0, max_left, relative - 1 - max_left)
+        k_HPK = pad(k_NHSK[index, :, :length], around)
+        v_HPK = pad(v_NHSK[index, :, :length], around)
+        padded = k_HPK.size(1)
+
+        rows = max(1, min(_ROWS, length, max(_ROWS // 4, 8 * _TILE // padded)))
+        threads = torch.get_num_threads()
+        group = min(heads, threads * max(1, _TILE // (rows * padded)))
+        scores = q_NHSK.new_empty(group * rows * padded)
+        weights = torch.empty_like(scores)
+        above_BB = q_NHSK.new_ones(rows, rows).triu(1)
+
+        for head in range(0, heads, group):
+            k_GKP = k_HPK[head : head + group].transpose(1, 2)
+            v_GPK = v_HPK[head : head + group]
+
+            for start in range(0, length, rows):
+                q_GBK = q_HSK[head : head + group, start : start + rows]
+                shape = (*q_GBK.shape[:2], padded)
+                size = shape[0] * shape[1] * padded
+                scores_GBP = scores[:size].view(shape)
+
+                torch.baddbmm(
+                    scores_GBP,
+                    q_GBK,
+                    k_GKP,
+                    beta=0,
+                    alpha=width**-0.5,
+                    out=scores_GBP,
+                )
+                _add_window(scores_GBP, q_GBK @ window_KR, start, above_BB)
+                scores_GBP[..., :max_left] = float("-inf")
+                scores_GBP[..., max_left + length :] = float("-inf")
+
+                weights_GBP = weights[:size].view(shape)
+                torch.softmax(scores_GBP, dim=-1, out=weights_GBP)
+                output_NHSK[
+                    index, head : head + group, start : start + q_GBK.size(1)
+                ] = weights_GBP @ v_GPK
+
+    return output_NHSK
+
+
+def _add_window(
+    scores_GBP: Tensor, window_GBR: Tensor, start: int, above_BB: Tensor
+) -> None:
+    """Add the scores of relative positions to those of a block of queries, in place.
+
+    :param window_GBR: less the score of the far left.
+    :param start: the position of the first query.
+    :param above_BB: ones above the diagonal.
+    """
+    _, rows, padded = scores_GBP.shape
+    relative = window_GBR.size(2)
+    far_right_GB1 = window_GBR[..., -1:]
+
+    # Row b has its window at the padded positions start + b and on.
+    scores_GBP.as_strided(
+        window_GBR.shape,
+        (rows * padded, padded + 1, 1),
+        scores_GBP.storage_offset() + start,
+    ).add_(window_GBR)
+
+    # What is right of it: a triangle, then columns that every row has.
+    right = start + relative - 1
+    scores_GBP[..., right : right + rows].addcmul_(
+        above_BB[:rows, :rows], far_right_GB1
+    )
+    scores_GBP[..., right + rows :].add_(far_right_GB1)
+
+
+def _attend_in_blocks(
+    q_NHSK: Tensor,
+    k_NHSK: Tensor,
+    v_NHSK: Tensor,
+    table_RK: Tensor,
+    max_left: int,
+    keep_NS: Tensor | None,
+) -> Tensor:
+    """Attend anywhere, differentiably: stock attention with a bias for each block."""
+    n, heads, positions, width = q_NHSK.shape
+    max_right = table_RK.size(0) - 1 - max_left
     block = min(positions, max(16, _MAX_SCORES // max(1, n * heads * positions)))
     scores_NHSR = (q_NHSK @ table_RK.T) * width**-0.5
     outputs = []

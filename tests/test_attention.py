@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import (
     hidden_states_from_fbanks,
@@ -46,19 +46,39 @@ def draw(n, heads, positions, width, relative, seed=0):
     return q, k, v, torch.randn(relative, width, generator=generator).double()
 
 
-@pytest.fixture(params=[1, 3_000, 4 * 2**20], ids=["small blocks", "blocks", "whole"])
+@pytest.fixture(params=["small blocks", "blocks", "whole"])
 def block(request, monkeypatch):
-    monkeypatch.setattr(attention, "_MAX_SCORES", request.param)
+    scores, rows, tile = {
+        "small blocks": (1, 1, 1),
+        "blocks": (3_000, 40, 4_000),
+        "whole": (4 * 2**20, 256, 2**18),
+    }[request.param]
+    monkeypatch.setattr(attention, "_MAX_SCORES", scores)
+    monkeypatch.setattr(attention, "_ROWS", rows)
+    monkeypatch.setattr(attention, "_TILE", tile)
+
+
+@pytest.fixture(params=["inference", "gradients"])
+def attend(request):
+    """Both ways to compute it: without gradients, and with."""
+    if request.param == "inference":
+        return shaw_attention
+
+    def with_gradients(q, *rest):
+        return shaw_attention(q.requires_grad_(), *rest).detach()
+
+    return with_gradients
 
 
 @pytest.mark.usefixtures("block")
-def test_every_length_around_the_window_and_block_edges_is_exact():
+def test_every_length_around_the_window_and_block_edges_is_exact(attend):
     for positions in range(1, 201):
         q, k, v, table = draw(1, 2, positions, 4, 73, seed=positions)
-        actual = shaw_attention(q, k, v, table, 64)
-        torch.testing.assert_close(actual, plain(q, k, v, table, 64))
+        expected = plain(q, k, v, table, 64)
+        torch.testing.assert_close(attend(q, k, v, table, 64), expected)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 3),
     heads=st.integers(1, 4),
@@ -69,15 +89,54 @@ def test_every_length_around_the_window_and_block_edges_is_exact():
     seed=st.integers(0, 1000),
 )
 def test_any_shape_window_and_padding_is_exact(
-    n, heads, positions, width, left, right, seed
+    attend, n, heads, positions, width, left, right, seed
 ):
     q, k, v, table = draw(n, heads, positions, width, left + 1 + right, seed)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, positions + 1, (n,), generator=generator)
-    keep = torch.arange(positions) < lengths.unsqueeze(1)
 
-    actual = shaw_attention(q, k, v, table, left, keep)
-    torch.testing.assert_close(actual, plain(q, k, v, table, left, keep))
+    assert_exact_where_kept(attend, q, k, v, table, left, lengths)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("positions", [1, 2, 63, 64, 65, 73, 130])
+def test_rows_of_one_frame_and_rows_padded_but_for_one_are_exact(attend, positions):
+    q, k, v, table = draw(3, 2, positions, 4, 73)
+    lengths = torch.tensor([positions, 1, max(1, positions - 1)])
+
+    assert_exact_where_kept(attend, q, k, v, table, 64, lengths)
+
+
+def test_keys_left_out_in_the_middle_are_left_out(attend):
+    q, k, v, table = draw(2, 2, 100, 4, 73)
+    keep = torch.rand(2, 100, generator=torch.Generator().manual_seed(0)) < 0.5
+
+    torch.testing.assert_close(
+        attend(q, k, v, table, 64, keep), plain(q, k, v, table, 64, keep)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [40, 300, 1_100])
+def test_it_is_as_exact_as_its_dtype(attend, dtype, positions):
+    q, k, v, table = draw(1, 16, positions, 64, 73)
+    inputs = [tensor.to(dtype) for tensor in (q, k, v, table * 0.1)]
+
+    actual = attend(*inputs, 64)
+    assert actual.dtype == dtype
+    expected = plain(*(tensor.double() for tensor in inputs), 64)
+    bound = 2e-6 if dtype == torch.float32 else 5e-2
+    assert relative_difference(actual.double(), expected) < bound
+
+
+def assert_exact_where_kept(attend, q, k, v, table, left, lengths):
+    keep = torch.arange(q.size(2)) < lengths.unsqueeze(1)
+    expected = plain(q, k, v, table, left, keep)
+    actual = attend(q, k, v, table, left, keep)
+    assert actual.isfinite().all()
+
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(actual[row, :, :length], expected[row, :, :length])
 
 
 @pytest.mark.usefixtures("block")

@@ -165,3 +165,12 @@ def test_memory_that_is_let_go_is_read_again(tmp_path):
     plain.mul_(2)
     packing.release(plain)
     assert torch.equal(plain, 2 * saved)
+
+
+def test_more_frames_than_go_through_at_a_time_come_out_the_same(
+    pair, clips, monkeypatch
+):
+    stock, fast = pair
+    monkeypatch.setattr(packing, "_ROWS", 7)
+
+    assert_same(embed(fast, clips), embed(stock, clips), 2e-6)

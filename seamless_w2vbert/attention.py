@@ -8,9 +8,10 @@ There are only left + 1 + right different vectors: ``q @ table.T`` holds every s
 that relative positions can add, and each pair's score is one of its columns. Queries
 are taken a block at a time, so that no S x S matrix is ever whole.
 
-Two ways lead to the same numbers. :func:`_infer` is for CPU without gradients: it adds
-to plain scores, in place, along their diagonal alone. :func:`_attend_in_blocks` is for
-everything else, and differentiable.
+Three ways lead to the same numbers. Without gradients, :func:`_infer` is for CPU: it
+adds to plain scores, in place, along their diagonal alone; :mod:`.fused_attention` is
+one kernel for CUDA. :func:`_attend_in_blocks` runs everywhere, and is differentiable.
+docs/attention.md draws them.
 
 Tensor names carry their dimensions: N batch, H heads, G heads of a group, S positions,
 B positions of a block, K the width of a head, R = left + 1 + right relative positions,
@@ -19,12 +20,18 @@ P = S + R - 1 positions with the padding that lets each have a whole window.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-_MAX_SCORES = 4 * 2**20
-"""How many scores one block of queries may have over all heads: 16 MB in float32."""
+from seamless_w2vbert import fused_attention
+
+_MAX_SCORES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+"""How many scores one block of queries may have over all heads and sequences: on CPU
+16 MB in float32, where that fits a cache; 256 MB where launches cost more."""
 
 _ROWS = 256
 """How many queries :func:`_infer` takes at a time, unless a sequence is very long."""
@@ -66,14 +73,57 @@ def shaw_attention(
         )
 
     inputs = (q_NHSK, k_NHSK, v_NHSK, table_RK)
-    if q_NHSK.device.type == "cpu" and not (
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    ):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _attend_in_blocks(*inputs, max_left, keep_NS)
+
+    if q_NHSK.device.type == "cpu":
         lengths = _lengths(keep_NS, n, positions)
         if lengths is not None:
             return _infer(*inputs, max_left, lengths)
+    elif fused_attention.takes(q_NHSK) and _has_fused(
+        q_NHSK.device, q_NHSK.dtype, q_NHSK.size(3)
+    ):
+        return fused_attention.fused_attention(*inputs, max_left, keep_NS)
 
     return _attend_in_blocks(*inputs, max_left, keep_NS)
+
+
+@cache
+def _has_fused(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Tell whether the fused kernel runs here, and right: it is compiled for the device
+    by whatever is installed, so its first result is compared before it is used."""
+    generator = torch.Generator().manual_seed(0)
+    n, heads, positions, relative, max_left = 2, 2, 300, 73, 64
+    q, k, v = (
+        torch.randn(n, heads, positions, width, generator=generator) for _ in range(3)
+    )
+    table = torch.randn(relative, width, generator=generator)
+    lengths_N1 = torch.tensor([[positions], [positions // 2]])
+    keep = torch.arange(positions) < lengths_N1
+    expected = _attend_in_blocks(q, k, v, table, max_left, keep)
+
+    try:
+        q, k, v, table = (tensor.to(device, dtype) for tensor in (q, k, v, table))
+        actual = fused_attention.fused_attention(
+            q, k, v, table, max_left, keep.to(device)
+        )
+        difference = (actual.float().cpu() - expected).masked_fill(
+            ~keep[:, None, :, None], 0
+        )
+        share = float(difference.abs().max() / expected.abs().max())
+        reason = f"its result is off by {share:.1e}"
+        if share <= fused_attention.TOLERANCES[dtype]:
+            return True
+    except Exception as ex:
+        reason = f"{type(ex).__name__}: {ex}"
+
+    warnings.warn(
+        f"The fused attention does not run on {device} in {dtype} ({reason}); a slower "
+        "way is taken, with the same results.",
+        stacklevel=4,
+    )
+
+    return False
 
 
 def _lengths(keep_NS: Tensor | None, n: int, positions: int) -> list[int] | None:
@@ -192,7 +242,8 @@ def _attend_in_blocks(
     """Attend anywhere, differentiably: stock attention with a bias for each block."""
     n, heads, positions, width = q_NHSK.shape
     max_right = table_RK.size(0) - 1 - max_left
-    block = min(positions, max(16, _MAX_SCORES // max(1, n * heads * positions)))
+    most = _MAX_SCORES.get(q_NHSK.device.type, _MAX_SCORES["cpu"])
+    block = min(positions, max(16, most // max(1, n * heads * positions)))
     scores_NHSR = (q_NHSK @ table_RK.T) * width**-0.5
     outputs = []
 

@@ -149,10 +149,12 @@ def packed(block: Module, seqs: Tensor) -> PackedBlock | None:
     return found
 
 
-class _Linear:
-    """A product with packed weights."""
+class Linear:
+    """A product with packed weights, in float32 or bfloat16 on CPU."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, scale: float = 1.0):
+    def __init__(
+        self, weight_OI: Tensor, bias_O: Tensor | None = None, scale: float = 1.0
+    ) -> None:
         if scale != 1.0:
             weight_OI = weight_OI * scale
             bias_O = None if bias_O is None else bias_O * scale
@@ -196,12 +198,12 @@ class PackedBlock:
 
         inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
         biases = [projection.bias for projection in inputs]
-        self.qkv = _Linear(
+        self.qkv = Linear(
             torch.cat([projection.weight for projection in inputs]),
             None if biases[0] is None else torch.cat(biases),
         )
         self.attention_norm = _norm(block.self_attn_layer_norm)
-        self.attention_output = _Linear(
+        self.attention_output = Linear(
             attention.output_proj.weight, attention.output_proj.bias
         )
         self.num_heads = attention.num_heads
@@ -221,10 +223,10 @@ class PackedBlock:
             release(block.get_submodule(name).weight)
 
     @staticmethod
-    def _feed_forward(ffn: Any) -> tuple[_Linear, _Linear]:
+    def _feed_forward(ffn: Any) -> tuple[Linear, Linear]:
         return (
-            _Linear(ffn.inner_proj.weight, ffn.inner_proj.bias),
-            _Linear(ffn.output_proj.weight, ffn.output_proj.bias, scale=0.5),
+            Linear(ffn.inner_proj.weight, ffn.inner_proj.bias),
+            Linear(ffn.output_proj.weight, ffn.output_proj.bias, scale=0.5),
         )
 
     def __call__(self, seqs_NSM: Tensor, keep_NS: Tensor | None) -> Tensor:
@@ -240,7 +242,7 @@ class PackedBlock:
         return layer_norm(seqs, *self.norm)
 
     def _run_feed_forward(
-        self, seqs: Tensor, norm: Any, ffn: tuple[_Linear, _Linear]
+        self, seqs: Tensor, norm: Any, ffn: tuple[Linear, Linear]
     ) -> Tensor:
         inner, output = ffn
         # (N, S, M) -> (N S, M)
@@ -286,8 +288,8 @@ def _norm(module: Any) -> tuple[Any, ...]:
     return module.normalized_shape, module.weight, module.bias, module.eps
 
 
-def _pointwise(convolution: Any) -> _Linear:
-    packed = _Linear(convolution.weight.squeeze(-1), convolution.bias)
+def _pointwise(convolution: Any) -> Linear:
+    packed = Linear(convolution.weight.squeeze(-1), convolution.bias)
     release(convolution.weight)
 
     return packed

@@ -7,6 +7,7 @@ plain attributes: call them alone, replace one, or put a step between two.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from seamless_w2vbert import audio, batch, encoder, fbank, streaming
+from seamless_w2vbert import audio, batch, encoder, fbank, precision, streaming
+from seamless_w2vbert.acceleration import accelerate
 from seamless_w2vbert.audio import AudioInput, Waveform
 from seamless_w2vbert.batch import FbankBatch, HiddenBatch
 from seamless_w2vbert.encoder import EncoderOutput, Layers
 from seamless_w2vbert.errors import ArgumentError
 from seamless_w2vbert.heads import CTCHead
-from seamless_w2vbert.model import load_conformer_shaw_model
+from seamless_w2vbert.model import check_device, load_conformer_shaw_model
 from seamless_w2vbert.streaming import StreamItem
+
+_logger = logging.getLogger(__name__)
 
 STAGES = ("decode", "fbank", "pad", "encoder_frontend", "encoder")
 """The stages in order; each is an attribute of :class:`SpeechEncoderPipeline`."""
@@ -78,13 +82,31 @@ class SpeechEncoderPipeline:
         cls,
         model: str | os.PathLike[str],
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | Literal["auto"] = torch.float32,
+        accelerated: bool = True,
     ) -> SpeechEncoderPipeline:
         """Load a model and make its pipeline.
 
         :param model: see :func:`seamless_w2vbert.load_conformer_shaw_model`.
+        :param dtype: what to compute in. ``"auto"`` takes the fastest on ``device``
+            that keeps a mean cosine over 0.999 with float32 in every layer, which is
+            measured with the model; the choice is logged.
+        :param accelerated: see :func:`seamless_w2vbert.accelerate`; False for
+            fairseq2's modules as they are.
         """
-        return cls(load_conformer_shaw_model(model, device=device, dtype=dtype))
+        device = check_device(device)
+
+        def load(dtype: torch.dtype) -> Module:
+            module = load_conformer_shaw_model(model, device=device, dtype=dtype)
+            return accelerate(module) if accelerated else module
+
+        if dtype != "auto":
+            return cls(load(dtype))
+
+        module, choice = precision.choose(load, device)
+        _logger.info("%s: %s, %s", model, choice.dtype, choice.reason)
+
+        return cls(module)
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,7 +55,7 @@ def block(request, monkeypatch):
         "blocks": (3_000, 40, 4_000),
         "whole": (4 * 2**20, 256, 2**18),
     }[request.param]
-    monkeypatch.setattr(attention, "_MAX_SCORES", scores)
+    monkeypatch.setitem(attention._MAX_SCORES, "cpu", scores)
     monkeypatch.setattr(attention, "_ROWS", rows)
     monkeypatch.setattr(attention, "_TILE", tile)
 
@@ -151,6 +153,31 @@ def test_gradients_are_those_of_the_plain_formula():
 
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_ten_minutes_in_one_piece_take_memory_for_each_frame_not_for_each_pair():
+    """With a number for each pair a single head would take 3.6 GB."""
+    program = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from seamless_w2vbert import SpeechEncoderPipeline
+from seamless_w2vbert.benchmarking.memory import HostMeter
+
+pipeline = SpeechEncoderPipeline.from_pretrained("tiny-random")
+meter = HostMeter()
+for frames in (200, 60_000):
+    batch = pipeline.pad([torch.randn(frames, 80)])
+    meter.reset()
+    before = meter.now()
+    hidden = pipeline.encoder(pipeline.encoder_frontend(batch)).last_hidden_state
+    assert hidden.shape == (1, frames // 2, 128) and hidden.isfinite().all()
+print(meter.peak() - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 0.5e9
 
 
 def test_a_window_outside_its_table_is_refused():

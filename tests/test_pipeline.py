@@ -27,6 +27,7 @@ from seamless_w2vbert import (
     AudioError,
     SpeechEncoderPipeline,
     Waveform,
+    load_conformer_shaw_model,
 )
 
 
@@ -120,6 +121,24 @@ def test_a_step_goes_between_two_stages(tiny, clips):
     assert output.lengths.tolist() == [20, 20]
     with pytest.raises(ArgumentError, match="'mel'; the stages are decode, fbank"):
         pipeline.insert_after("mel", lambda x: x)
+
+
+def test_a_pipeline_runs_accelerated_unless_told_otherwise(clips):
+    def attention_of(pipeline):
+        return type(pipeline.module.encoder.layers[0].self_attn.sdpa).__name__
+
+    fast = SpeechEncoderPipeline.from_pretrained("tiny-random")
+    stock = SpeechEncoderPipeline.from_pretrained("tiny-random", accelerated=False)
+    assert attention_of(fast) == "LinearShawSDPA"
+    assert attention_of(stock) == "ShawRelativePositionSDPA"
+
+    # Left as they are, fairseq2's modules give what they give to the bit.
+    own = SpeechEncoderPipeline(load_conformer_shaw_model("tiny-random"))
+    expected = own(clips).last_hidden_state
+    assert torch.equal(stock(clips).last_hidden_state, expected)
+    torch.testing.assert_close(
+        fast(clips).last_hidden_state, expected, atol=1e-5, rtol=1e-5
+    )
 
 
 # -- stream --------------------------------------------------------------------------

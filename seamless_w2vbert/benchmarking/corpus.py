@@ -27,6 +27,7 @@ from seamless_w2vbert.dumping.run import dump
 from seamless_w2vbert.encoder import EncoderOutput, Layers
 from seamless_w2vbert.fbank import num_frames
 from seamless_w2vbert.pipeline import SpeechEncoderPipeline
+from seamless_w2vbert.synthetic import speech_like_noise
 
 MIN_SECONDS, MAX_SECONDS = 1.0, 30.0
 _MEDIAN_SECONDS, _SIGMA = 7.0, 0.7
@@ -34,7 +35,6 @@ _MEDIAN_SECONDS, _SIGMA = 7.0, 0.7
 
 _HOUR = 3600.0
 _SEED = 30
-_SYLLABLES_PER_SECOND = 4.0
 
 
 # -- making it -----------------------------------------------------------------------
@@ -51,28 +51,6 @@ def draw_lengths(audio_seconds: float) -> list[float]:
             lengths.append(length)
 
     return lengths
-
-
-def speech_like_noise(seconds: float, seed: int = _SEED) -> NDArray[np.float32]:
-    """Return noise with the slope of a speech spectrum and syllables of about its rate.
-
-    *Shape:* (samples,), at 16 kHz.
-    """
-    samples = max(1, round(seconds * SAMPLING_RATE))
-    random = np.random.default_rng(seed)
-
-    spectrum = np.fft.rfft(random.standard_normal(samples))
-    # Flat up to 500 Hz, then 6 dB an octave down.
-    frequencies = np.fft.rfftfreq(samples, 1 / SAMPLING_RATE)
-    noise = np.fft.irfft(spectrum / np.maximum(1.0, frequencies / 500.0), samples)
-
-    phase = 2 * np.pi * _SYLLABLES_PER_SECOND * np.arange(samples) / SAMPLING_RATE
-    envelope = 0.02 + np.clip(np.sin(phase + random.uniform(0, 6.28)), 0, None)
-    shaped = noise * envelope
-
-    loud: NDArray[np.float32] = (0.3 * shaped / np.abs(shaped).max()).astype(np.float32)
-
-    return loud
 
 
 @dataclass

@@ -20,7 +20,6 @@ import torch
 
 from seamless_w2vbert.audio import Waveform
 from seamless_w2vbert.benchmarking import machine, peer_ctranslate2
-from seamless_w2vbert.benchmarking.corpus import speech_like_noise
 from seamless_w2vbert.benchmarking.models import RANDOM_600M
 from seamless_w2vbert.benchmarking.results import (
     DEFAULT_SIDES,
@@ -43,6 +42,7 @@ from seamless_w2vbert.constants import FBANK_STRIDE
 from seamless_w2vbert.errors import ArgumentError
 from seamless_w2vbert.fbank import fbank
 from seamless_w2vbert.model import check_device
+from seamless_w2vbert.synthetic import speech_like_noise
 
 DEFAULT_CASES = tuple(map(Case.parse, ("1x5", "1x20", "4x10", "1x60")))
 

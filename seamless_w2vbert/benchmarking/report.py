@@ -6,8 +6,6 @@ itself, or a PNG: time and memory against the length of the input.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -23,6 +21,7 @@ from seamless_w2vbert.benchmarking.results import (
     Measurement,
 )
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
+from seamless_w2vbert.html import image, new_figure, page, table, to_png
 
 SUFFIXES = (".html", ".htm", ".png")
 
@@ -216,12 +215,7 @@ _LINES = {"float32": "-", "bfloat16": "--", "float16": "-.", "int8": ":"}
 def draw(benchmark: Benchmark) -> bytes:
     """Return a PNG of time and peak memory against length: single recordings as lines,
     batches as points of their own at the length of one."""
-    # The object interface: no window system, and no state shared with the caller's.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 5, dpi=150)
     left, right = figure.subplots(1, 2)
 
     times = [(one, one.median) for one in benchmark.measurements]
@@ -242,10 +236,7 @@ def draw(benchmark: Benchmark) -> bytes:
         fontsize="medium",
     )
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def _draw_lines(
@@ -294,25 +285,13 @@ def _draw_lines(
 
 
 _STYLE = """
-:root { color-scheme: light; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: #1b1f24;
-  background: #fff; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.5rem; margin: .5rem 0; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-img { display: block; width: 100%; height: auto; }
 p { margin: .25rem 0; color: #4b5563; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .8125rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid #e3e6ea; }
 th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
 """
 
 
 def render(benchmark: Benchmark, picture: bytes) -> str:
     """Return the page, with the picture in it."""
-    image = base64.b64encode(picture).decode("ascii")
     title = f"Speed of {benchmark.model}, {benchmark.num_layers} layers"
     columns = [heading for heading, _ in COLUMNS]
 
@@ -321,44 +300,20 @@ def render(benchmark: Benchmark, picture: bytes) -> str:
         corpus = (
             "<h2>A corpus</h2>"
             + _paragraphs(corpus_lines(benchmark))
-            + _table(CORPUS_COLUMNS, corpus_rows(benchmark))
+            + table(CORPUS_COLUMNS, corpus_rows(benchmark))
         )
 
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-{_paragraphs(machine_lines(benchmark))}
-<img alt="Time and peak memory against length" src="data:image/png;base64,{image}">
-<h2>Side by side</h2>
-{_table(columns, rows(benchmark))}
-{_paragraphs(note_lines(benchmark))}
-{corpus}
-</body>
-</html>
-"""
+    return page(
+        title,
+        _paragraphs(machine_lines(benchmark))
+        + image(picture, "Time and peak memory against length")
+        + "<h2>Side by side</h2>"
+        + table(columns, rows(benchmark))
+        + _paragraphs(note_lines(benchmark))
+        + corpus,
+        _STYLE,
+    )
 
 
 def _paragraphs(lines: Iterator[str]) -> str:
     return "".join(f"<p>{escape(line)}</p>" for line in lines)
-
-
-def _table(headings: Any, cells: Iterator[list[str]]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in cells
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,7 +62,7 @@ class Runner(Protocol):
         """Return (N, S, model_dim) in float32."""
 
 
-class TorchRunner:
+class TorchRunner(ABC):
     """What the sides that are torch modules share."""
 
     frames = slice(None)
@@ -89,8 +90,9 @@ class TorchRunner:
 
         return result
 
+    @abstractmethod
     def encode(self, prepared: Any, layer: int | None) -> Tensor:
-        raise NotImplementedError
+        """Run the encoder, up to a layer; None for all of it."""
 
     def output(self, result: Tensor) -> NDArray[np.float32]:
         array: NDArray[np.float32] = result.float().cpu().numpy()

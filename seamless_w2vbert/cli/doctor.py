@@ -10,8 +10,10 @@ import importlib
 import importlib.util
 import platform
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import typer
@@ -159,13 +161,36 @@ def _transformers() -> Finding:
         )
 
 
+def _dtype() -> Finding:
+    """Choose a dtype as ``dtype="auto"`` does, with ``tiny-random``."""
+    subject = "dtype auto"
+
+    try:
+        from seamless_w2vbert import precision
+        from seamless_w2vbert.model import TINY_RANDOM, load_conformer_shaw_model
+
+        torch = importlib.import_module("torch")
+        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        choices = []
+
+        for device in map(torch.device, devices):
+            load = partial(load_conformer_shaw_model, TINY_RANDOM, device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _, choice = precision.choose(load, device)
+            name = str(choice.dtype).removeprefix("torch.")
+            choices.append(f"{name} on {device} ({choice.reason})")
+    except Exception as ex:
+        return Finding(subject, f"cannot be chosen: {_line(ex)}")
+
+    return Finding(subject, "; ".join(choices))
+
+
 def _main_job() -> Finding:
     """Embed a second of noise with ``tiny-random``."""
     subject = "embedding"
 
     try:
-        import warnings
-
         import numpy as np
 
         from seamless_w2vbert.pipeline import SpeechEncoderPipeline
@@ -203,4 +228,5 @@ _CHECKS: list[Callable[[], Finding]] = [
     _seamless_communication,
     _transformers,
     _main_job,
+    _dtype,
 ]

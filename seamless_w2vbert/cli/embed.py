@@ -32,7 +32,13 @@ def embed(
     model: options.Model = options.DEFAULT_MODEL,
     layers: options.LayersOption = "-1",
     device: options.Device = "cpu",
-    dtype: options.DTypeOption = options.DType.float32,
+    dtype: Annotated[
+        options.ModelDType,
+        typer.Option(
+            help="Of the model; auto is the fastest here that keeps a mean cosine "
+            "over 0.999 with float32."
+        ),
+    ] = options.ModelDType.float32,
     pool: Annotated[
         Pool | None, typer.Option(help="One vector per file, over its frames.")
     ] = None,
@@ -56,7 +62,9 @@ def embed(
     from seamless_w2vbert.pipeline import SpeechEncoderPipeline
 
     pipeline = SpeechEncoderPipeline.from_pretrained(
-        model, device=options.parse_device(device), dtype=getattr(torch, dtype.value)
+        model,
+        device=options.parse_device(device),
+        dtype="auto" if dtype.value == "auto" else getattr(torch, dtype.value),
     )
 
     arrays: dict[str, Tensor] = {}

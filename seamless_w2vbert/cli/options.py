@@ -26,6 +26,15 @@ class DType(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class ModelDType(str, Enum):
+    """As :class:`DType`, or whichever is fastest here and keeps the embeddings."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    auto = "auto"
+
+
 Model = Annotated[
     str,
     typer.Option(

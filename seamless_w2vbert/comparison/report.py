@@ -1,13 +1,11 @@
 """A :class:`Comparison` -> one HTML page that needs nothing but itself.
 
-Comes in: a comparison. Goes out: the page as text: the sentence, the pictures as inline
-PNG, the table. It reads on a phone and on paper, and asks no network for anything.
+Comes in: a comparison. Goes out: the page as text: the sentence, the pictures, the
+table.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -21,36 +19,23 @@ from seamless_w2vbert.constants import (
     NUM_MEL_BINS,
     SAMPLING_RATE,
 )
+from seamless_w2vbert.html import image, new_figure, page, table, to_png
 
 _BLUE, _RED, _GREY = "#1f5fa8", "#b3261e", "#6b7280"
 
 _STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1rem; color: #1b1f24;
-  background: #fff; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.5rem; margin: .5rem 0; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .verdict { border-left: .4rem solid; padding: .6rem 1rem; margin: 1rem 0; }
 .passed { border-color: #1a7f37; background: #eaf6ec; }
 .failed { border-color: #b3261e; background: #fdecea; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem;
   margin: 0; }
 dt { color: #6b7280; } dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; } img { display: block; width: 100%; height: auto; }
+figure { margin: 1rem 0; }
 figcaption { color: #6b7280; font-size: .875rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .8125rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid #e3e6ea; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: #fff; }
 tr.differs td { background: #fdecea; font-weight: 600; }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; }
-  .scroll { overflow: visible; } table { font-size: 7pt; }
-  th, td { padding: .1rem .25rem; white-space: normal; }
-  figure, .verdict { break-inside: avoid; } }
+@media print { figure, .verdict { break-inside: avoid; } }
 """
 
 
@@ -101,27 +86,14 @@ def render(comparison: Comparison) -> str:
         for key, value in facts.items()
     )
 
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<p class="verdict {state}">{escape(comparison.sentence)}</p>
-<dl>{terms}</dl>
-{"".join(figures)}
-<h2>Every stage</h2>
-{_table(comparison.stages)}
-</body>
-</html>
-"""
+    return page(
+        title,
+        f'<p class="verdict {state}">{escape(comparison.sentence)}</p>\n'
+        f"<dl>{terms}</dl>\n"
+        f"{''.join(figures)}\n"
+        "<h2>Every stage</h2>\n" + _stages(comparison.stages),
+        _STYLE,
+    )
 
 
 # -- table ---------------------------------------------------------------------------
@@ -139,18 +111,11 @@ _HEADINGS = (
 )
 
 
-def _table(stages: tuple[StageResult, ...]) -> str:
-    head = "".join(f"<th>{heading}</th>" for heading in _HEADINGS)
-    rows = []
-
-    for stage in stages:
-        css = "" if stage.passed else ' class="differs"'
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in _cells(stage))
-        rows.append(f"<tr{css}>{cells}</tr>")
-
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+def _stages(stages: tuple[StageResult, ...]) -> str:
+    return table(
+        _HEADINGS,
+        map(_cells, stages),
+        marked=[n for n, stage in enumerate(stages) if not stage.passed],
     )
 
 
@@ -176,20 +141,11 @@ def _cells(stage: StageResult) -> tuple[str, ...]:
 def _figure(
     heading: str, caption: str, draw: Callable[[Any, Any], None], what: Any
 ) -> str:
-    # The object interface: no window system, and no state shared with the caller's.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.8), dpi=180, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 3.8, dpi=180)
     draw(figure, what)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    picture = base64.b64encode(buffer.getvalue()).decode("ascii")
 
     return (
-        f"<figure><h2>{escape(heading)}</h2>"
-        f'<img alt="{escape(caption)}" src="data:image/png;base64,{picture}">'
+        f"<figure><h2>{escape(heading)}</h2>{image(to_png(figure), caption)}"
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from seamless_w2vbert.audio import Clip
 from seamless_w2vbert.dumping import formats, index
-from seamless_w2vbert.dumping.index import EMBEDDED, FAILED, Part
+from seamless_w2vbert.dumping.index import DATA, EMBEDDED, FAILED, Part
 from seamless_w2vbert.dumping.planning import Shard
-from seamless_w2vbert.dumping.settings import Settings, storable
+from seamless_w2vbert.dumping.settings import Settings
 from seamless_w2vbert.dumping.sources import Utterance
+from seamless_w2vbert.dumping.sources.base import storable
 from seamless_w2vbert.dumping.statistics import Moments, Normalizer, merge_into
 from seamless_w2vbert.dumping.store import Store, sha256
 from seamless_w2vbert.errors import DumpError
@@ -32,7 +33,6 @@ from seamless_w2vbert.pipeline import SpeechEncoderPipeline
 from seamless_w2vbert.streaming import Stream, StreamItem
 from seamless_w2vbert.urls import is_url
 
-DATA = "data"
 """The folder of the shards."""
 
 _STORAGE_IS_GONE = {

@@ -11,16 +11,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from seamless_w2vbert.dumping.statistics import Moments
+from seamless_w2vbert.dumping.statistics import Moments, merge_into
 from seamless_w2vbert.dumping.store import Store
 from seamless_w2vbert.errors import DumpError
 
 FOLDER = "index"
+
+DATA: Final = "data"
+"""The folder of the shards' files."""
 
 EMBEDDED, FAILED = "embedded", "failed"
 
@@ -158,6 +161,16 @@ def read_parts(store: Store) -> list[Part]:
             )
 
     return parts
+
+
+def total_moments(parts: Sequence[Part]) -> dict[int, Moments]:
+    """Return the statistics of all frames, by layer."""
+    total: dict[int, Moments] = {}
+
+    for part in parts:
+        merge_into(total, part.moments())
+
+    return total
 
 
 def check_whole(store: Store, parts: Sequence[Part], utterances: int) -> None:

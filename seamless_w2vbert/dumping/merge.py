@@ -16,14 +16,18 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from seamless_w2vbert.constants import SAMPLING_RATE
 from seamless_w2vbert.dumping import index
-from seamless_w2vbert.dumping.embedding import DATA
-from seamless_w2vbert.dumping.index import Part
+from seamless_w2vbert.dumping.index import DATA, Part
 from seamless_w2vbert.dumping.planning import take_census
 from seamless_w2vbert.dumping.reader import dump_stores, local_shard, missing_jobs
 from seamless_w2vbert.dumping.run import DumpReport, check_folder, close
-from seamless_w2vbert.dumping.settings import VERSION, Settings, read_info, write_info
+from seamless_w2vbert.dumping.settings import (
+    VERSION,
+    Settings,
+    read_info,
+    require_info,
+    write_info,
+)
 from seamless_w2vbert.dumping.sources import Utterance
 from seamless_w2vbert.dumping.store import Store
 from seamless_w2vbert.errors import DumpError
@@ -66,7 +70,7 @@ def merge_dumps(
     if not stores:
         raise DumpError("There is no dump to merge.")
 
-    infos = [_info_of(store) for store in stores]
+    infos = [_complete_info(store) for store in stores]
     settings = _common_settings(stores, infos)
     order = _order(stores, infos)
     stores, infos = [stores[n] for n in order], [infos[n] for n in order]
@@ -105,27 +109,11 @@ def merge_dumps(
 
         close(target, settings, info, merged)
 
-    count = sum(part.count for part in merged)
-    failed = sum(part.failed for part in merged)
-
-    return DumpReport(
-        location=str(target),
-        utterances=count,
-        embedded=count - failed,
-        failed=failed,
-        hours=sum(part.samples for part in merged) / SAMPLING_RATE / 3600,
-        new=0,
-        new_hours=0.0,
-        elapsed=0.0,
-        complete=True,
-    )
+    return DumpReport.of(target, merged)
 
 
-def _info_of(store: Store) -> dict[str, Any]:
-    info = read_info(store)
-
-    if info is None:
-        raise DumpError(f"{store}: there is no dump.")
+def _complete_info(store: Store) -> dict[str, Any]:
+    info = require_info(store)
 
     if not info["complete"]:
         raise DumpError(f"{store}: is not complete; run its dump again first.")
@@ -185,8 +173,9 @@ def _order(stores: Sequence[Store], infos: Sequence[Any]) -> list[int]:
 def _take(target: Store, settings: Settings, part: Part, first: int) -> Part:
     """Commit a shard of another dump in a new place."""
     rows = part.table().to_pylist()
-    names = {name.partition("/")[0] for name in part.files}
-    renamed = {name: f"shard-{first:012d}-{name.split('-', 2)[2]}" for name in names}
+    renamed = {
+        name: f"shard-{first:012d}-{name.split('-', 2)[2]}" for name in part.shards
+    }
 
     with target.workspace() as folder:
         for old, new in renamed.items():

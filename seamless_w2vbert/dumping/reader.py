@@ -32,14 +32,14 @@ from torch.utils.data import Dataset
 from seamless_w2vbert.constants import FBANK_SHIFT, FBANK_STRIDE, SAMPLING_RATE
 from seamless_w2vbert.dumping import formats, index, statistics
 from seamless_w2vbert.dumping.formats.base import WAY_OUT, ShardReader
-from seamless_w2vbert.dumping.settings import Settings, read_info
+from seamless_w2vbert.dumping.index import DATA
+from seamless_w2vbert.dumping.settings import Settings, require_info
 from seamless_w2vbert.dumping.statistics import Moments
 from seamless_w2vbert.dumping.store import Store
 from seamless_w2vbert.errors import ArgumentError, DumpError
 
 Location = str | os.PathLike[str]
 
-DATA: Final = "data"
 """The folder of the shards."""
 
 SAMPLES_PER_FRAME: Final = FBANK_SHIFT * FBANK_STRIDE
@@ -123,7 +123,7 @@ def missing_jobs(path: Location, stores: Sequence[Store]) -> str | None:
         return None
 
     plan = json.loads(root.read("plan.json"))
-    infos = [_info(store) for store in stores]
+    infos = [require_info(store) for store in stores]
     there = {info["settings"]["share"]["index"] for info in infos}
     absent = sorted(set(range(plan["num_shards"])) - there)
 
@@ -170,7 +170,7 @@ class _Content:
 
         for location in locations:
             stores = dump_stores(location)
-            infos = [_info(store) for store in stores]
+            infos = [require_info(store) for store in stores]
             self.stores += stores
             self.infos += infos
             if missing := _missing(location, stores, infos):
@@ -667,13 +667,6 @@ class _TorchDataset(Dataset[dict[str, Any]]):
 # -- opening -------------------------------------------------------------------------
 
 
-def _info(store: Store) -> dict[str, Any]:
-    info = read_info(store)
-    assert info is not None, "dump_stores() found it"
-
-    return info
-
-
 def _missing(
     location: str, stores: Sequence[Store], infos: Sequence[Mapping[str, Any]]
 ) -> str | None:
@@ -738,7 +731,7 @@ def _index_of(store: Store) -> pa.Table:
         tables = list(pool.map(lambda part: part.table(), parts))
 
     if not tables:
-        info = _info(store)
+        info = require_info(store)
         settings = Settings.from_json(info["settings"])
         columns = [pa.field(*pair) for pair in settings.column_types.items()]
         tables = [pa.schema([*index._FIELDS, *columns]).empty_table()]

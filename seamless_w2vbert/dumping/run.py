@@ -20,17 +20,15 @@ from typing import Any, Literal
 import torch
 
 from seamless_w2vbert import encoder, streaming
-from seamless_w2vbert.acceleration import accelerate
 from seamless_w2vbert.constants import FBANK_STRIDE, NUM_MEL_BINS, SAMPLING_RATE
 from seamless_w2vbert.dumping import formats, index, statistics
 from seamless_w2vbert.dumping.embedding import (
-    DATA,
     Outcome,
     ShardEmbedder,
     StorageWatch,
     commit,
 )
-from seamless_w2vbert.dumping.index import Part
+from seamless_w2vbert.dumping.index import DATA, Part
 from seamless_w2vbert.dumping.planning import (
     Census,
     Shard,
@@ -55,10 +53,10 @@ from seamless_w2vbert.dumping.settings import (
     provenance,
     read_info,
     replaced_stages,
-    storable,
     write_info,
 )
 from seamless_w2vbert.dumping.sources import Source, Utterance, open_source
+from seamless_w2vbert.dumping.sources.base import storable
 from seamless_w2vbert.dumping.store import Store
 from seamless_w2vbert.errors import ArgumentError, DumpError
 from seamless_w2vbert.pipeline import SpeechEncoderPipeline
@@ -117,6 +115,39 @@ class DumpReport:
 
     complete: bool
     """False where it was told to stop before the end of the source."""
+
+    @classmethod
+    def of(
+        cls,
+        store: Store,
+        parts: Sequence[Part],
+        new: Sequence[Part] = (),
+        *,
+        elapsed: float = 0.0,
+        complete: bool = True,
+    ) -> DumpReport:
+        """Count what is committed.
+
+        :param new: what of it is of this run.
+        """
+        count = sum(part.count for part in parts)
+        failed = sum(part.failed for part in parts)
+
+        return cls(
+            location=str(store),
+            utterances=count,
+            embedded=count - failed,
+            failed=failed,
+            hours=_hours(parts),
+            new=sum(part.count for part in new),
+            new_hours=_hours(new),
+            elapsed=elapsed,
+            complete=complete,
+        )
+
+
+def _hours(parts: Sequence[Part]) -> float:
+    return sum(part.samples for part in parts) / SAMPLING_RATE / 3600
 
 
 @dataclass(frozen=True)
@@ -340,15 +371,11 @@ def load_pipeline(
     device: torch.device | str,
     compute_dtype: torch.dtype,
 ) -> SpeechEncoderPipeline:
-    """Return the pipeline that embeds, its attention in linear memory: recordings are
-    embedded whole, however long they are."""
+    """Return the pipeline that embeds."""
     if isinstance(model, SpeechEncoderPipeline):
         return model
 
-    pipeline = SpeechEncoderPipeline.from_pretrained(model, device, compute_dtype)
-    accelerate(pipeline.module)
-
-    return pipeline
+    return SpeechEncoderPipeline.from_pretrained(model, device, compute_dtype)
 
 
 def _check_options(
@@ -637,19 +664,16 @@ class _Run:
     def finish(self, results: Iterable[Part]) -> DumpReport:
         """Take in what is committed, as it is; then close the dump."""
         by_place = {part.first: part for part in self._parts}
-        new = new_samples = 0
+        new: list[Part] = []
 
         for part in results:
             if self._was_complete and not new:
                 write_info(self._store, self._info)
             by_place[part.first] = part
-            new += part.count
-            new_samples += part.samples
+            new.append(part)
 
         parts = [by_place[first] for first in sorted(by_place)]
         count = sum(part.count for part in parts)
-        failed = sum(part.failed for part in parts)
-        samples = sum(part.samples for part in parts)
         complete = not self.stop.is_set() or self._progress.done == self._progress.total
 
         if complete and (new or not self._was_complete):
@@ -660,14 +684,10 @@ class _Run:
                 )
             close(self._store, self._settings, self._info, parts)
 
-        return DumpReport(
-            location=str(self._store),
-            utterances=count,
-            embedded=count - failed,
-            failed=failed,
-            hours=samples / SAMPLING_RATE / 3600,
-            new=new,
-            new_hours=new_samples / SAMPLING_RATE / 3600,
+        return DumpReport.of(
+            self._store,
+            parts,
+            new,
             elapsed=time.monotonic() - self._started,
             complete=complete,
         )
@@ -677,29 +697,19 @@ def close(
     store: Store, settings: Settings, info: dict[str, Any], parts: Sequence[Part]
 ) -> None:
     """Write what is known of a dump when all of it is there."""
-    moments: dict[int, statistics.Moments] = {}
-
-    for part in parts:
-        statistics.merge_into(moments, part.moments())
-
+    moments = index.total_moments(parts)
     store.write(statistics.FILE, statistics.to_npz(moments))
     for layer, of_layer in moments.items():
         store.write(f"statistics/layer-{layer}.pt", statistics.to_pt(of_layer))
 
     formats.finish(settings.format, store, DATA, parts, settings.layout)
 
-    failed = sum(part.failed for part in parts)
-    count = sum(part.count for part in parts)
-    info = {
-        **info,
-        "complete": True,
-        "utterances": count,
-        "embedded": count - failed,
-        "failed": failed,
-        "hours": sum(part.samples for part in parts) / SAMPLING_RATE / 3600,
-        "finished": now(),
+    report = DumpReport.of(store, parts)
+    counts = {
+        key: getattr(report, key)
+        for key in ("utterances", "embedded", "failed", "hours")
     }
-    write_info(store, info)
+    write_info(store, {**info, "complete": True, **counts, "finished": now()})
 
 
 def _without_duplicates(source: Source) -> Iterator[Utterance]:

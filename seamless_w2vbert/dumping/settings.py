@@ -230,11 +230,6 @@ def provenance(pipeline: SpeechEncoderPipeline) -> dict[str, Any]:
     }
 
 
-def storable(text: str) -> str:
-    """Return ``text`` as valid Unicode: names of files may be any bytes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def now() -> str:
     """Return the time as dump.json has it."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -272,6 +267,19 @@ def read_info(store: Store) -> dict[str, Any] | None:
         Settings.from_json(info["settings"])
     except (KeyError, TypeError) as ex:
         raise DumpError(f"{damaged} ({ex}).") from None
+
+    return info
+
+
+def require_info(store: Store) -> dict[str, Any]:
+    """Return what ``dump.json`` says.
+
+    :raises DumpError: if there is none, or as :func:`read_info`.
+    """
+    info = read_info(store)
+
+    if info is None:
+        raise DumpError(f"{store}: there is no dump.")
 
     return info
 

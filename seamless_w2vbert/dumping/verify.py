@@ -21,13 +21,13 @@ import torch
 
 from seamless_w2vbert.audio import Clip
 from seamless_w2vbert.dumping import formats, index, statistics
-from seamless_w2vbert.dumping.embedding import DATA, Outcome, ShardEmbedder
+from seamless_w2vbert.dumping.embedding import Outcome, ShardEmbedder
 from seamless_w2vbert.dumping.formats import ShardReader
-from seamless_w2vbert.dumping.index import EMBEDDED, FAILED, Part
+from seamless_w2vbert.dumping.index import DATA, EMBEDDED, FAILED, Part
 from seamless_w2vbert.dumping.planning import Shard, measured
 from seamless_w2vbert.dumping.reader import dump_stores, local_shard, missing_jobs
 from seamless_w2vbert.dumping.run import load_pipeline
-from seamless_w2vbert.dumping.settings import Settings, model_digest, read_info
+from seamless_w2vbert.dumping.settings import Settings, model_digest, require_info
 from seamless_w2vbert.dumping.sources import Utterance, open_source
 from seamless_w2vbert.dumping.store import Store, sha256
 from seamless_w2vbert.errors import DumpError, SeamlessW2vBertError
@@ -64,10 +64,7 @@ class _Verifier:
     # -- what is stored --------------------------------------------------------------
 
     def check(self, store: Store) -> tuple[Settings, dict[str, Any], list[Part]]:
-        info = read_info(store)
-        if info is None:
-            raise DumpError(f"{store}: there is no dump.")
-
+        info = require_info(store)
         settings = Settings.from_json(info["settings"])
         parts = index.read_parts(store)
         expected = 0
@@ -97,7 +94,7 @@ class _Verifier:
                         f"{value}"
                     )
 
-        named = {name.partition("/")[0] for part in parts for name in part.files}
+        named = {name for part in parts for name in part.shards}
         for name in store.names(DATA):
             if name not in named:
                 self._say(f"{store}/{DATA}/{name}: no part of the index names it")
@@ -105,9 +102,7 @@ class _Verifier:
         return settings, info, parts
 
     def _check_statistics(self, store: Store, parts: Sequence[Part]) -> None:
-        total: dict[int, statistics.Moments] = {}
-        for part in parts:
-            statistics.merge_into(total, part.moments())
+        total = index.total_moments(parts)
 
         try:
             with np.load(io.BytesIO(store.read(statistics.FILE))) as stored:

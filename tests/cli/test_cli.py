@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -144,6 +145,16 @@ def test_doctor_reports_and_embeds():
         assert f"ok  {subject}" in result.stdout
     assert "seamless_communication" in result.stdout
     assert "a second of noise made 49 frames" in result.stdout
+    assert re.search(
+        r"ok  dtype auto +\w+ on cpu \(.* times as fast as float32", result.stdout
+    )
+
+
+def test_embed_chooses_a_dtype_where_it_is_asked_to(tmp_path):
+    path = tmp_path / "out.npy"
+    result = run("embed", SPEECH, "--dtype", "auto", "--output", path)
+    assert result.returncode == 0, result.stderr
+    assert np.load(path).shape == (277, 128)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 from command import COMMAND, run
+from folders import files_of
 
 from seamless_w2vbert import DumpError, dump, open_dump, verify_dump
 from seamless_w2vbert.cli.dump import describe
@@ -74,14 +75,6 @@ while kills < 50:
 assert os.waitpid(start(out), 0)[1] == 0
 print(kills, len(set(unfinished)), unfinished[-1])
 """
-
-
-def files_of(out):
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in ("dump.json", ".seamless_w2vbert-lock")
-    }
 
 
 def test_fifty_kills_leave_the_dump_of_an_uninterrupted_run(speech, tmp_path):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from folders import files_of
 
 from seamless_w2vbert import (
     ArgumentError,
@@ -34,15 +35,6 @@ def whole(tmp_path_factory, corpus, pipeline):
     report = dump(corpus, out, pipeline, layers=(1, 3), **SMALL)
     assert (report.embedded, report.failed, report.complete) == (24, 0, True)
     return out
-
-
-def files_of(out):
-    """What is in a dump, but for the times in dump.json."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in ("dump.json", ".seamless_w2vbert-lock")
-    }
 
 
 def relative_difference(one, other):

@@ -269,29 +269,31 @@ def fused_attention(
     wide = q.dtype == torch.float32 or width > 64
     block_queries, block_keys = (64, 32) if wide else (128, 64)
 
-    _attend[(triton.cdiv(positions, block_queries), n * heads)](
-        q,
-        k,
-        v,
-        scores_NHSR,
-        keep,
-        lengths_N,
-        output_NHSK,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *output_NHSK.stride()[:3],
-        heads,
-        positions,
-        scale * _LOG2_E,
-        _LOG2_E,
-        relative=relative,
-        max_left=max_left,
-        width=width,
-        block_queries=block_queries,
-        block_keys=block_keys,
-        has_keep=keep_NS is not None,
-        num_warps=4,
-    )
+    # Triton launches on the current device, whatever its tensors are on.
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
+        _attend[(triton.cdiv(positions, block_queries), n * heads)](
+            q,
+            k,
+            v,
+            scores_NHSR,
+            keep,
+            lengths_N,
+            output_NHSK,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *output_NHSK.stride()[:3],
+            heads,
+            positions,
+            scale * _LOG2_E,
+            _LOG2_E,
+            relative=relative,
+            max_left=max_left,
+            width=width,
+            block_queries=block_queries,
+            block_keys=block_keys,
+            has_keep=keep_NS is not None,
+            num_warps=4,
+        )
 
     return output_NHSK

@@ -472,6 +472,9 @@ def test_clips_in_an_archive_are_relative_to_the_manifest(corpus, name):
     np.testing.assert_array_equal(samples(second), signal(3))
 
 
+CUT_SHORT = gzip.compress(b"audio\n" + b"a.wav\n" * 999, mtime=0)[:-9]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -492,7 +495,7 @@ def test_clips_in_an_archive_are_relative_to_the_manifest(corpus, name):
         ("m.jsonl", '{"audio": "a", "start": true}\n', "line 1: start is True"),
         ("m.csv", b'audio\ncaf\xe9.wav\n', "line 2: is not UTF-8"),
         ("m.csv", 'audio\na.wav\n'.encode("utf-16"), "line 1: is not UTF-8"),
-        ("m.csv.gz", gzip.compress(b"audio\n" + b"a.wav\n" * 999, mtime=0)[:-9], "truncated"),
+        ("m.csv.gz", CUT_SHORT, "truncated"),
         ("m.jsonl.gz", b'{"audio": "a.wav"}\n', "gzip"),
         ("m.parquet", b"PAR1 this is not it PAR1", "cannot be read as Parquet"),
         ("m.csv", "", "no column 'audio'|is empty"),

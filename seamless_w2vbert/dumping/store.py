@@ -24,6 +24,9 @@ from seamless_w2vbert.urls import filesystem, is_url
 _TEMPORARY = ".seamless_w2vbert-tmp"
 _LOCK = ".seamless_w2vbert-lock"
 
+_ONE_PIECE = 16 * 2**20
+"""The bytes up to which a file is uploaded in one request."""
+
 
 class Store:
     """The files of one dump, by names relative to it, with ``/`` between folders."""
@@ -189,7 +192,12 @@ class Store:
     def _upload(self, file: Path, name: str) -> None:
         target = self._full(name)
         self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-        self._fs.put_file(str(file), target)
+        if file.stat().st_size <= _ONE_PIECE:
+            # Parts of the index above all: nobody is to see half of one, and not every
+            # store that fsspec knows makes a stream of bytes appear at once.
+            self._fs.pipe_file(target, file.read_bytes())
+        else:
+            self._fs.put_file(str(file), target)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all."""

@@ -117,7 +117,11 @@ def test_a_signal_finishes_the_shard_at_hand(speech, tmp_path, number):
     )
     arguments = ["dump", scp, tmp_path / "d", "--shard-seconds", "10"]
     process = subprocess.Popen(
-        [COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, text=True
+        [COMMAND, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(tmp_path.glob("d/index/part-*")):
         assert process.poll() is None

@@ -7,7 +7,9 @@ Transformers. Goes out: the same object, whose Shaw attention is
 
 from __future__ import annotations
 
-from types import MethodType
+import importlib
+import sys
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -30,24 +32,24 @@ def accelerate(model: ModuleT) -> ModuleT:
     On CPU, fairseq2's Conformer blocks also run in a packed form
     (:mod:`seamless_w2vbert.packing`) whenever no gradient is asked for, in float32 or
     bfloat16. That takes the memory of their weights once more, which for weights that
-    are mapped from a file the system can take back from the first.
+    are mapped from a file the system can take back from the first. Blocks with hooks
+    or parts of your own inside them run as they are. Weights that change are packed
+    anew; after writing a part of one through ``.data``, which nothing records, call
+    this again. Transformers' models get the attention alone.
 
     :param model: any module with fairseq2's ``ShawRelativePositionSDPA`` or
-        Transformers' ``Wav2Vec2BertSelfAttention`` in it.
+        Transformers' ``Wav2Vec2BertSelfAttention`` in it. What has been accelerated
+        before may be so again.
     :returns: ``model`` itself.
     :raises ArgumentError: if there is no such attention in it.
     """
-    swapped = 0
-
-    for module in list(model.modules()):
-        if _is_transformers_attention(module):
-            stock = type(module).forward
-            module.forward = MethodType(_transformers_forward(stock), module)
-            swapped += 1
+    swapped = _swap_in_transformers(model)
 
     if swapped == 0:
-        swapped = stack.load().swap_shaw_attention(model)
-        stack.load().pack_blocks(model)
+        stack_ = stack.load()
+        swapped = stack_.swap_shaw_attention(model)
+        if swapped > 0:
+            stack_.pack_blocks(model)
 
     if swapped == 0:
         raise ArgumentError(
@@ -57,11 +59,48 @@ def accelerate(model: ModuleT) -> ModuleT:
     return model
 
 
-def _is_transformers_attention(module: Module) -> bool:
-    return (
-        type(module).__name__ == "Wav2Vec2BertSelfAttention"
-        and getattr(module, "position_embeddings_type", None) == "relative_key"
-    )
+# -- Transformers --------------------------------------------------------------------
+
+_MODELING = "transformers.models.wav2vec2_bert.modeling_wav2vec2_bert"
+_LINEAR = "LinearWav2Vec2BertSelfAttention"
+
+
+def _swap_in_transformers(model: Module) -> int:
+    """Make Transformers' attention ours, and return how many modules of it are."""
+    modeling = sys.modules.get(_MODELING)
+
+    if modeling is None:  # then no model is of it
+        return 0
+
+    stock = modeling.Wav2Vec2BertSelfAttention
+    linear = _linear_class(stock)
+    swapped = 0
+
+    for module in model.modules():
+        if (
+            type(module) in (stock, linear)
+            and module.position_embeddings_type == "relative_key"
+        ):
+            module.__class__ = linear
+            swapped += 1
+
+    return swapped
+
+
+@cache
+def _linear_class(stock: type[Module]) -> type[Module]:
+    """Return Transformers' attention with :func:`attention.shaw_attention` in it."""
+    members = {"forward": _transformers_forward(stock.forward), "__module__": __name__}
+
+    return type(_LINEAR, (stock,), members)
+
+
+def __getattr__(name: str) -> Any:  # for pickle, which asks by name
+    if name == _LINEAR:
+        modeling = importlib.import_module(_MODELING)
+        return _linear_class(modeling.Wav2Vec2BertSelfAttention)
+
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _transformers_forward(stock: Any) -> Any:

@@ -21,11 +21,12 @@ P = S + R - 1 positions with the padding that lets each have a whole window.
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from seamless_w2vbert import fused_attention
 
@@ -58,10 +59,9 @@ def shaw_attention(
     :param q_NHSK: queries; keys and values are of the same shape.
     :param table_RK: the relative keys, from far left to far right.
     :param max_left: how many rows of the table look back.
-    :param keep_NS: which keys may be attended to, bool, at least one in each sequence;
-        None for all.
-    :returns: (N, H, S, K). Of queries that are padding at the end of a sequence,
-        what is returned means nothing.
+    :param keep_NS: which keys may be attended to, bool; None for all.
+    :returns: (N, H, S, K). Of queries that are padding at the end of a sequence, and
+        of sequences without a key, what is returned is finite and means nothing.
     """
     n, _, positions, _ = q_NHSK.shape
     relative = table_RK.size(0)
@@ -71,6 +71,9 @@ def shaw_attention(
             f"`max_left` must lie in the table of {relative} relative positions, but "
             f"is {max_left}."
         )
+
+    if positions == 0:
+        return v_NHSK
 
     inputs = (q_NHSK, k_NHSK, v_NHSK, table_RK)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
@@ -114,6 +117,8 @@ def _has_fused(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         reason = f"its result is off by {share:.1e}"
         if share <= fused_attention.TOLERANCES[dtype]:
             return True
+    except torch.cuda.OutOfMemoryError:  # says nothing about the kernel
+        raise
     except Exception as ex:
         reason = f"{type(ex).__name__}: {ex}"
 
@@ -243,11 +248,13 @@ def _attend_in_blocks(
     n, heads, positions, width = q_NHSK.shape
     max_right = table_RK.size(0) - 1 - max_left
     most = _MAX_SCORES.get(q_NHSK.device.type, _MAX_SCORES["cpu"])
-    block = min(positions, max(16, most // max(1, n * heads * positions)))
+    block = max(1, min(positions, max(16, most // max(1, n * heads * positions))))
     scores_NHSR = (q_NHSK @ table_RK.T) * width**-0.5
-    outputs = []
 
-    for start in range(0, positions, block):
+    if keep_NS is not None:  # of nothing at all softmax makes NaN
+        keep_NS = keep_NS | ~keep_NS.any(dim=1, keepdim=True)
+
+    def attend(start: int) -> Tensor:
         stop = min(start + block, positions)
         bias_NHBS = _relative_bias(
             scores_NHSR[:, :, start:stop], start, positions, max_left, max_right
@@ -255,13 +262,20 @@ def _attend_in_blocks(
         if keep_NS is not None:
             bias_NHBS = bias_NHBS.masked_fill(~keep_NS[:, None, None], float("-inf"))
 
-        outputs.append(
-            scaled_dot_product_attention(
-                q_NHSK[:, :, start:stop], k_NHSK, v_NHSK, attn_mask=bias_NHBS
-            )
+        return scaled_dot_product_attention(
+            q_NHSK[:, :, start:stop], k_NHSK, v_NHSK, attn_mask=bias_NHBS
         )
 
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    if positions <= block:
+        return attend(0)
+
+    run = attend
+    if torch.is_grad_enabled():
+        # What gradients need of a block is computed again when they do: all blocks
+        # together would be an S x S matrix.
+        run = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+
+    return torch.cat([run(start) for start in range(0, positions, block)], dim=2)
 
 
 def _relative_bias(

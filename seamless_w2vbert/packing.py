@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from typing import Any
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import GLU, Conv1d, Module, SiLU
 from torch.nn.functional import conv2d, glu, layer_norm, silu
 
 from seamless_w2vbert.attention import shaw_attention
-
-DTYPES = (torch.float32, torch.bfloat16)
-"""What oneDNN multiplies in on CPU."""
 
 _BATCH = 1024
 """The rows that weights are laid out for; others do as well."""
@@ -35,83 +37,145 @@ _ROWS = 1024
 products, four times as wide as the rest, stays in the cache, and under the size from
 which the C library asks the system for fresh pages every time."""
 
-_PARTS = {
-    "ffn1_layer_norm": "StandardLayerNorm",
-    "ffn1": "StandardFeedForwardNetwork",
-    "ffn1.inner_activation": "SiLU",
-    "self_attn_layer_norm": "StandardLayerNorm",
-    "self_attn": "StandardMultiheadAttention",
-    "self_attn.sdpa": "LinearShawSDPA",
-    "conv_layer_norm": "StandardLayerNorm",
-    "conv": "ConformerConvolution",
-    "conv.pointwise_conv1": "Conv1d",
-    "conv.pointwise_conv1_activation": "GLU",
-    "conv.depthwise_conv": "Conv1d",
-    "conv.layer_norm": "StandardLayerNorm",
-    "conv.depthwise_activation": "SiLU",
-    "conv.pointwise_conv2": "Conv1d",
-    "ffn2_layer_norm": "StandardLayerNorm",
-    "ffn2": "StandardFeedForwardNetwork",
-    "ffn2.inner_activation": "SiLU",
-    "layer_norm": "StandardLayerNorm",
-}
-"""The parts of a block that this module knows how to compute, by the names of their
-classes. A block with others, such as adapters put into it, is left to itself."""
-
-_LINEAR = ("Linear", "ColumnShardedLinear", "RowShardedLinear")
+_SAMPLES = 32
+"""How many values at either end of a weight are compared to tell whether it has been
+written. The rest is not touched: if weights are mapped from a disk, it stays there."""
 
 _PROJECTIONS = (
     *(f"ffn{n}.{name}" for n in (1, 2) for name in ("inner_proj", "output_proj")),
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "output")),
 )
 
+_LEAVES = {"weight", "bias"}
 
-def is_available() -> bool:
-    """Tell whether this torch lays weights out for oneDNN."""
-    return bool(
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
+_POINTWISE = ("conv.pointwise_conv1", "conv.pointwise_conv2")
+
+Parts: TypeAlias = Mapping[str, tuple[type[Module], ...]]
+"""The parts of a block by name, and the classes that each may be of."""
 
 
-def can_pack(block: Module) -> bool:
+def parts(
+    *,
+    block: type[Module],
+    layer_norm: type[Module],
+    feed_forward: type[Module],
+    attention: type[Module],
+    sdpa: type[Module],
+    embedding: type[Module],
+    convolution: type[Module],
+    linear: tuple[type[Module], ...],
+) -> Parts:
+    """Return the parts that :class:`PackedBlock` knows how to compute, given what the
+    classes are called in a generation of fairseq2. A block with others, such as
+    adapters put into it, or subclasses of these, is left to itself."""
+    names = ("ffn1", "self_attn", "conv", "ffn2")
+
+    return {
+        "": (block,),
+        **{f"{name}_layer_norm": (layer_norm,) for name in names},
+        "conv.layer_norm": (layer_norm,),
+        "layer_norm": (layer_norm,),
+        **dict.fromkeys(("ffn1", "ffn2"), (feed_forward,)),
+        "self_attn": (attention,),
+        "self_attn.sdpa": (sdpa,),
+        "self_attn.sdpa.rel_k_embed": (embedding,),
+        **dict.fromkeys(_PROJECTIONS, linear),
+        "conv": (convolution,),
+        **dict.fromkeys((*_POINTWISE, "conv.depthwise_conv"), (Conv1d,)),
+        "conv.pointwise_conv1_activation": (GLU,),
+        **dict.fromkeys(
+            (
+                "conv.depthwise_activation",
+                "ffn1.inner_activation",
+                "ffn2.inner_activation",
+            ),
+            (SiLU,),
+        ),
+    }
+
+
+@cache
+def multiplies_in(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN multiplies by packed weights in ``dtype`` here: bfloat16, for
+    one, takes a processor with AVX-512."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+
+    try:
+        Linear(torch.ones(16, 16, dtype=dtype))(torch.ones(1, 16, dtype=dtype))
+    except (RuntimeError, AttributeError):  # cannot, or this torch has no such operator
+        return False
+
+    return True
+
+
+def can_pack(block: Module, parts: Parts) -> bool:
     """Tell whether a block is made of known parts alone, with nothing hooked in."""
-    parts = dict(block.named_modules())
-
-    for name, expected in _PARTS.items():
-        if type(parts.pop(name, None)).__name__ != expected:
-            return False
-
-    for name in _PROJECTIONS:
-        if type(parts.pop(name, None)).__name__ not in _LINEAR:
-            return False
-
-    # Of what is left, attention has its tables, and dropouts do nothing here.
-    rest = (
-        name
-        for name, part in parts.items()
-        if name and not name.startswith("self_attn.sdpa.")
-        if type(part).__name__ != "Dropout"
-    )
+    found = dict(block.named_modules())
 
     return (
-        next(rest, None) is None
+        found.keys() >= parts.keys()
         and getattr(block.conv, "causal_depthwise_conv", False) is True
-        and not any(_is_hooked(part) for part in block.modules())
+        and not _has_global_hooks()
+        and all(
+            _is_plain(part, parts.get(name), is_block=part is block)
+            for name, part in found.items()
+        )
     )
 
 
-def _is_hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_plain(part: Any, known: tuple[type, ...] | None, *, is_block: bool) -> bool:
+    if known is None:  # does nothing outside training
+        return isinstance(part, torch.nn.Dropout)
 
-
-def state_of(block: Module) -> tuple[Any, ...]:
-    """Return what changes whenever a parameter of the block is written or replaced."""
-    return tuple(
-        (parameter.data_ptr(), _version_of(parameter), parameter.dtype)
-        for parameter in block.parameters()
+    return (
+        type(part) in known
+        and "forward" not in vars(part)
+        and {name for name, _ in part.named_parameters(recurse=False)} <= _LEAVES
+        and next(part.buffers(recurse=False), None) is None
+        # A block's own hooks are run by whoever calls it.
+        and (is_block or not (part._forward_hooks or part._forward_pre_hooks))
     )
+
+
+def _has_global_hooks() -> bool:
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
+class _Origin:
+    """What a block was packed from, to tell whether it still is what it was."""
+
+    def __init__(self, block: Module) -> None:
+        # Holding on to the memory keeps its addresses from being used again.
+        self._parameters = {name: p.detach() for name, p in block.named_parameters()}
+        self._versions = list(map(_version_of, block.parameters()))
+        # Writes through `.data` leave no trace but the values.
+        self._views = [
+            tensor.reshape(-1)[some]
+            for name in (*_PROJECTIONS, *_POINTWISE)
+            for leaf in sorted(_LEAVES)
+            if (tensor := self._parameters.get(f"{name}.{leaf}")) is not None
+            for some in (slice(_SAMPLES), slice(-_SAMPLES, None))
+        ]
+        self._samples = torch.cat(self._views)
+
+    def is_still(self, block: Module) -> bool:
+        parameters = dict(block.named_parameters())
+
+        return (
+            parameters.keys() == self._parameters.keys()
+            and all(
+                parameter.data_ptr() == packed.data_ptr()
+                and parameter.dtype == packed.dtype
+                and parameter.shape == packed.shape
+                for parameter, packed in zip(
+                    parameters.values(), self._parameters.values(), strict=True
+                )
+            )
+            and list(map(_version_of, parameters.values())) == self._versions
+            and torch.equal(torch.cat(self._views), self._samples)
+        )
 
 
 def _version_of(tensor: Tensor) -> int:
@@ -119,34 +183,60 @@ def _version_of(tensor: Tensor) -> int:
 
 
 _packed: WeakKeyDictionary[Module, PackedBlock] = WeakKeyDictionary()
+_packing = Lock()
 
 
-def packed(block: Module, seqs: Tensor) -> PackedBlock | None:
+def packed(block: Module, seqs: Tensor, parts: Parts) -> PackedBlock | None:
     """Return the block in its packed form, made when it is first asked for and again
     when a parameter has changed; None where it has to be run as it is: with gradients,
-    in training, on another device, or with parts or hooks that are not known here.
+    in training, under autocast, on another device, or with parts or hooks that are not
+    known here.
+
+    What is written through ``.data`` shows in a sample of a parameter's values alone:
+    after writing but a part of one, :func:`forget` the block.
 
     :param seqs: what it is to be run on.
+    :param parts: see :func:`parts`.
     """
+    if seqs.device.type != "cpu" or block.training:
+        _packed.pop(block, None)
+        return None
+
     if (
         torch.is_grad_enabled()
-        or block.training
-        or seqs.device.type != "cpu"
-        or seqs.dtype not in DTYPES
-        or not is_available()
-        or not can_pack(block)
+        or _is_autocast()
+        or _is_compiling()
+        or not multiplies_in(seqs.dtype)
+        or not can_pack(block, parts)
     ):
         return None
 
-    state = state_of(block)
-    found = _packed.get(block)
+    with _packing:
+        found = _packed.get(block)
 
-    if found is None or found.state != state:
-        if any(parameter.dtype != seqs.dtype for parameter in block.parameters()):
-            return None
-        found = _packed[block] = PackedBlock(block, state)
+        if found is None or not found.origin.is_still(block):
+            _packed.pop(block, None)
+            if any(parameter.dtype != seqs.dtype for parameter in block.parameters()):
+                return None
+            found = _packed[block] = PackedBlock(block)
 
     return found
+
+
+def forget(block: Module) -> None:
+    """Have a block packed anew when it is run next."""
+    _packed.pop(block, None)
+
+
+def _is_autocast() -> bool:
+    with warnings.catch_warnings():  # of torch 2.4 and on, which 2.2 has no other for
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.is_autocast_cpu_enabled()
+
+
+def _is_compiling() -> bool:
+    """Tell whether torch.compile is at it, to which plain operators are of more use."""
+    return bool(getattr(torch.compiler, "is_compiling", bool)())
 
 
 class Linear:
@@ -181,14 +271,13 @@ class Linear:
 class PackedBlock:
     """A Conformer block whose products are packed, for inference on CPU."""
 
-    def __init__(self, block: Any, state: tuple[Any, ...]) -> None:
+    def __init__(self, block: Any) -> None:
         """
         :param block: one that :func:`can_pack`.
-        :param state: its :func:`state_of`.
         """
         attention, convolution = block.self_attn, block.conv
         sdpa = attention.sdpa
-        self.state = state
+        self.origin = _Origin(block)
 
         # Half of a feed-forward network's output is that of half its last weights.
         self.ffn1 = self._feed_forward(block.ffn1)
@@ -214,13 +303,15 @@ class PackedBlock:
         self.pointwise1 = _pointwise(convolution.pointwise_conv1)
         # (M, 1, kernel) -> (M, 1, 1, kernel)
         self.depthwise = convolution.depthwise_conv.weight.unsqueeze(2)
+        self.depthwise_bias = convolution.depthwise_conv.bias
         self.depthwise_norm = _norm(convolution.layer_norm)
         self.pointwise2 = _pointwise(convolution.pointwise_conv2)
 
         self.norm = _norm(block.layer_norm)
 
-        for name in _PROJECTIONS:
-            release(block.get_submodule(name).weight)
+        release(
+            [block.get_submodule(name).weight for name in (*_PROJECTIONS, *_POINTWISE)]
+        )
 
     @staticmethod
     def _feed_forward(ffn: Any) -> tuple[Linear, Linear]:
@@ -275,7 +366,13 @@ class PackedBlock:
         # A view: (N, S, M) is what an image of height 1 is in channels-last order.
         image = hidden.transpose(1, 2).unsqueeze(2)
         past = self.depthwise.size(-1) - 1
-        image = conv2d(image, self.depthwise, padding=(0, past), groups=image.size(1))
+        image = conv2d(
+            image,
+            self.depthwise,
+            self.depthwise_bias,
+            padding=(0, past),
+            groups=image.size(1),
+        )
         # Padded on both sides, of which only the past is wanted.
         hidden = image.squeeze(2).transpose(1, 2)[:, : seqs.size(1)]
 
@@ -289,28 +386,48 @@ def _norm(module: Any) -> tuple[Any, ...]:
 
 
 def _pointwise(convolution: Any) -> Linear:
-    packed = Linear(convolution.weight.squeeze(-1), convolution.bias)
-    release(convolution.weight)
-
-    return packed
+    return Linear(convolution.weight.squeeze(-1), convolution.bias)
 
 
 # -- memory --------------------------------------------------------------------------
 
 
-def release(tensor: Tensor) -> None:
-    """Let the system take the memory of a tensor that is unlikely to be read again.
+def release(tensors: Iterable[Tensor]) -> None:
+    """Let the system take the memory of tensors that are unlikely to be read again.
 
     Nothing is lost: what is mapped from a file is read from it again when needed, and
     what is not is left where it is.
     """
     advice = getattr(mmap, "MADV_PAGEOUT", 21)  # Linux 5.4
     page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    stop = (tensor.data_ptr() + tensor.nbytes) // page * page
+    files = _mapped_files()
 
-    if tensor.device.type == "cpu" and stop > start and _libc is not None:
-        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+    for tensor in tensors:
+        start = -(-tensor.data_ptr() // page) * page
+        stop = (tensor.data_ptr() + tensor.nbytes) // page * page
+
+        if start < stop and any(a <= start and stop <= b for a, b in files):
+            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return where in memory files are mapped, on Linux."""
+    if _libc is None:
+        return []
+
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+    fields = [line.split(maxsplit=5) for line in lines]
+
+    return [
+        (int(first, 16), int(last, 16))
+        for span, _, _, _, inode, *_ in fields
+        if inode != "0"
+        for first, last in [span.split("-")]
+    ]
 
 
 def _load_libc() -> Any:

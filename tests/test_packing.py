@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
+from torch.nn import Parameter
 
 from seamless_w2vbert import SpeechEncoderPipeline, accelerate, packing, stack
 from seamless_w2vbert.model import load_conformer_shaw_model
+from seamless_w2vbert.stack import fairseq2_generation
 
 pytestmark = pytest.mark.skipif(
-    not packing.is_available(), reason="this torch has no oneDNN"
+    not packing.multiplies_in(torch.float32), reason="this torch has no oneDNN"
+)
+needs_02 = pytest.mark.skipif(
+    fairseq2_generation() != "0.2", reason="needs fairseq2 0.2"
+)
+needs_08 = pytest.mark.skipif(
+    fairseq2_generation() != "0.8", reason="needs fairseq2 0.8"
 )
 
 
@@ -92,22 +105,84 @@ def test_gradients_take_the_way_of_fairseq2(pair, clips, monkeypatch):
         assert difference <= 1e-4 * gradient.abs().max() + 1e-6 * largest, name
 
 
-@pytest.mark.parametrize("how", ["in place", "replaced", "loaded"])
-def test_weights_that_change_are_packed_anew(pair, clips, how):
+def write_in_place(block):
+    with torch.no_grad():
+        block.ffn1.inner_proj.weight.mul_(1.5)
+
+
+def write_through_data(block):
+    block.self_attn.q_proj.weight.data.mul_(1.5)
+    block.ffn2.output_proj.bias.data += 0.5
+
+
+def replace(block):
+    weight = block.conv.pointwise_conv2.weight
+    block.conv.pointwise_conv2.weight = Parameter(weight.detach() * 1.5)
+
+
+def replace_again_and_again(block):
+    """New memory is likely to be where some has just become free."""
+    for factor in (1.1, 1.2, 1.5):
+        weight = block.ffn1.output_proj.weight.detach() * factor
+        del block.ffn1.output_proj.weight
+        block.ffn1.output_proj.weight = Parameter(weight)
+
+
+def load(block):
+    block.load_state_dict({n: 1.2 * t for n, t in block.state_dict().items()})
+
+
+def assign(block):
+    state = {n: 1.2 * t for n, t in block.state_dict().items()}
+    block.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        write_in_place,
+        write_through_data,
+        replace,
+        replace_again_and_again,
+        load,
+        assign,
+    ],
+)
+def test_weights_that_change_are_packed_anew(pair, clips, change):
+    stock, fast = pair
+    before = embed(fast, clips[:1])
+
+    for _ in range(3):
+        for module in pair:
+            change(module.encoder.layers[1])
+        after = embed(fast, clips[:1])
+        assert not torch.equal(after[2], before[2])
+        assert_same(after, embed(stock, clips[:1]), 5e-6)
+        before = after
+
+
+def test_a_part_that_is_written_unseen_is_packed_when_told(pair, clips):
     stock, fast = pair
     embed(fast, clips[:1])
+    for module in pair:
+        module.encoder.layers[0].ffn1.inner_proj.weight.data[100:200] = 0.5
+    accelerate(fast)
 
-    for module in (stock, fast):
-        block = module.encoder.layers[1]
-        with torch.no_grad():
-            if how == "in place":
-                block.ffn1.inner_proj.weight.mul_(1.5)
-            elif how == "replaced":
-                weight = block.conv.pointwise_conv2.weight
-                block.conv.pointwise_conv2.weight = torch.nn.Parameter(weight * 1.5)
-            else:
-                state = {n: 1.5 * t for n, t in block.state_dict().items()}
-                block.load_state_dict(state)
+    assert_same(embed(fast, clips[:1]), embed(stock, clips[:1]), 5e-6)
+
+
+def test_weights_made_in_inference_mode_are_packed_anew_too(pair, clips):
+    stock, fast = pair
+    with torch.inference_mode():
+        for module in pair:
+            for part in module.modules():
+                for name, parameter in part._parameters.items():
+                    if parameter is not None:
+                        made = Parameter(parameter.clone(), requires_grad=False)
+                        part._parameters[name] = made
+        embed(fast, clips[:1])
+        for module in pair:
+            module.encoder.layers[0].ffn1.inner_proj.weight.mul_(1.5)
 
     assert_same(embed(fast, clips[:1]), embed(stock, clips[:1]), 5e-6)
 
@@ -158,12 +233,12 @@ def test_memory_that_is_let_go_is_read_again(tmp_path):
     saved = torch.randn(1 << 20)
     torch.save(saved, tmp_path / "w.pt")
     mapped = torch.load(str(tmp_path / "w.pt"), mmap=True, weights_only=True)
-    packing.release(mapped)
+    packing.release([mapped])
     assert torch.equal(mapped, saved)
 
     plain = saved.clone()
     plain.mul_(2)
-    packing.release(plain)
+    packing.release([plain])
     assert torch.equal(plain, 2 * saved)
 
 
@@ -174,3 +249,186 @@ def test_more_frames_than_go_through_at_a_time_come_out_the_same(
     monkeypatch.setattr(packing, "_ROWS", 7)
 
     assert_same(embed(fast, clips), embed(stock, clips), 2e-6)
+
+
+# -- what a packed block does not know -----------------------------------------------
+
+
+def patch_a_forward(block):
+    stock = block.ffn1.forward
+    block.ffn1.forward = lambda seqs: 2 * stock(seqs)
+
+
+def put_in_a_subclass(block):
+    """As loralib does: a class of the same name, with parameters of its own."""
+    stock = type(block.ffn1.inner_proj)
+
+    def forward(self, seqs):
+        return stock.forward(self, seqs) + self.delta
+
+    block.ffn1.inner_proj.__class__ = type(
+        stock.__name__, (stock,), {"forward": forward}
+    )
+    block.ffn1.inner_proj.delta = Parameter(torch.ones(()))
+
+
+def mask_the_future_in_08(block):
+    from fairseq2.models.transformer import CausalAttentionBias
+
+    sdpa = block.self_attn.sdpa
+    getattr(sdpa, "_stock", (sdpa,))[0].bias = CausalAttentionBias()
+
+
+def mask_the_future_in_02(block):
+    from fairseq2.nn.transformer import CausalAttentionMaskFactory
+
+    block.self_attn.attn_mask_factory = CausalAttentionMaskFactory()
+
+
+def scale_heads(block):
+    block.self_attn.head_scale_weight = Parameter(torch.linspace(0.5, 2, 8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        patch_a_forward,
+        put_in_a_subclass,
+        pytest.param(mask_the_future_in_08, marks=needs_08),
+        pytest.param(mask_the_future_in_02, marks=needs_02),
+        pytest.param(scale_heads, marks=needs_02),
+    ],
+)
+def test_what_is_not_known_is_not_dropped(pair, clips, change):
+    stock, fast = pair
+    before = embed(fast, clips)
+    for module in pair:
+        change(module.encoder.layers[1])
+
+    expected = embed(stock, clips)
+    assert (expected[2] - before[2]).abs().max() > 0.01 * expected[2].abs().max()
+    assert_same(embed(fast, clips), expected, 5e-6)
+
+
+def test_attention_weights_are_handed_to_those_who_ask(pair, clips):
+    stored = []
+    for module in pair:
+        module.encoder.layers[1].self_attn.register_attn_weight_hook(
+            lambda module, attended, weights: stored.append(weights)
+        )
+        embed(module, clips[:1])
+
+    expected, actual = stored
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_hook_on_every_module_is_not_passed_over(pair, clips):
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(module)
+    )
+    try:
+        embed(pair[1], clips[:1])
+    finally:
+        handle.remove()
+    assert pair[1].encoder.layers[2].conv.depthwise_conv in seen
+
+
+def test_a_hook_on_a_block_leaves_it_packed(pair, clips, monkeypatch):
+    calls, seen = count_packed(monkeypatch), []
+    fast = pair[1]
+    fast.encoder.layers[1].register_forward_hook(lambda *args: seen.append(args))
+    embed(fast, clips[:1])
+    assert (len(calls), len(seen)) == (3, 1)
+
+
+@needs_02
+def test_dropout_in_attention_follows_the_mode(pair):
+    fast = pair[1]
+    attention = fast.encoder.layers[0].self_attn
+    attention.sdpa._stock[0].inner_sdpa.attn_dropout_p = 0.5
+    seqs = torch.randn(1, 9, 128, generator=torch.Generator().manual_seed(0))
+
+    def is_repeated():
+        return torch.equal(*(attention(seqs, None, seqs, None, seqs) for _ in "ab"))
+
+    fast.train()
+    assert not is_repeated()
+    fast.eval()
+    assert is_repeated()
+    attention.register_attn_weight_hook(lambda *args: None)  # fairseq2's own answers
+    assert is_repeated()
+
+
+def test_under_autocast_blocks_run_as_fairseq2_has_them(pair, clips):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, actual = (embed(module, clips)[3] for module in pair)
+    valid = expected.abs().sum(dim=-1) > 0
+    cosine = torch.cosine_similarity(actual.float(), expected.float(), dim=-1)[valid]
+    assert cosine.min() > 0.999
+
+
+# -- models that are accelerated -----------------------------------------------------
+
+
+def test_a_model_may_be_accelerated_twice(pair, clips):
+    fast = pair[1]
+    expected = embed(fast, clips)
+    assert accelerate(fast) is fast
+    assert all(torch.equal(embed(fast, clips)[n], expected[n]) for n in expected)
+
+
+def test_an_accelerated_model_is_saved_and_loaded_whole(
+    pair, clips, tmp_path, monkeypatch
+):
+    expected = embed(pair[1], clips)
+    torch.save(pair[1], tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+
+    calls = count_packed(monkeypatch)
+    assert all(torch.equal(embed(loaded, clips)[n], expected[n]) for n in expected)
+    assert len(calls) == 3 * len(expected)
+
+
+def test_threads_share_a_packed_block(pair, clips, monkeypatch):
+    fast, expected = pair[1], embed(pair[0], clips)
+    made = []
+    make = packing.PackedBlock.__init__
+    monkeypatch.setattr(
+        packing.PackedBlock,
+        "__init__",
+        lambda self, block: made.append(block) or make(self, block),
+    )
+    together = Barrier(6)
+
+    def run(_):
+        together.wait()
+        return embed(fast, clips)
+
+    with ThreadPoolExecutor(6) as threads:
+        for states in threads.map(run, range(6)):
+            assert_same(states, expected, 2e-6)
+    assert len(made) == 3
+
+
+OLD_PROCESSOR = """
+import torch
+from seamless_w2vbert import SpeechEncoderPipeline, packing
+assert not packing.multiplies_in(torch.bfloat16)
+audio = torch.randn(16000, generator=torch.Generator().manual_seed(0)) / 10
+for dtype in (torch.bfloat16, "auto"):
+    pipeline = SpeechEncoderPipeline.from_pretrained("tiny-random", dtype=dtype)
+    print(pipeline([audio]).last_hidden_state.shape)
+"""
+
+
+def test_bfloat16_runs_where_onednn_cannot_multiply_in_it():
+    result = subprocess.run(
+        [sys.executable, "-c", OLD_PROCESSOR],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == 2 * "torch.Size([1, 49, 128])\n"

@@ -456,14 +456,16 @@ class Dump(Mapping[str, NDArray[Any]]):
         row = self._row(id)
         frames = self._content.frames(row)
 
-        # Whole samples: 0.58 / 0.02 is a little less than 29.
-        first = round(start * SAMPLING_RATE) // SAMPLES_PER_FRAME
-        stop = frames
-        if end is not None:
-            stop = min(-(-round(end * SAMPLING_RATE) // SAMPLES_PER_FRAME), frames)
+        length = frames * SAMPLES_PER_FRAME / SAMPLING_RATE
+        last = length if end is None else min(end, length)
+        first = stop = 0
 
-        if not 0 <= first < stop:
-            length = frames * SAMPLES_PER_FRAME / SAMPLING_RATE
+        if 0 <= start < last:
+            # Whole samples: 0.58 / 0.02 is a little less than 29.
+            first = round(start * SAMPLING_RATE) // SAMPLES_PER_FRAME
+            stop = -(-round(last * SAMPLING_RATE) // SAMPLES_PER_FRAME)
+
+        if first >= stop:
             raise ArgumentError(
                 f"{id}: has no frame between {start} s and "
                 f"{length if end is None else end} s; its {frames} frames span "

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MethodType
 from typing import Any, Final, cast
 
 import torch
@@ -29,6 +28,7 @@ from fairseq2.models.transformer import (
     MultiheadAttention,
     RelativePositionalEncoding,
     ShawRelativePositionSDPA,
+    StandardFeedForwardNetwork,
     StandardMultiheadAttention,
 )
 from fairseq2.models.wav2vec2 import (
@@ -38,7 +38,15 @@ from fairseq2.models.wav2vec2 import (
     Wav2Vec2Factory,
     Wav2Vec2Model,
 )
-from fairseq2.nn import BatchLayout, init_bert_projection
+from fairseq2.nn import (
+    BatchLayout,
+    ColumnShardedLinear,
+    Linear,
+    RowShardedLinear,
+    StandardEmbedding,
+    StandardLayerNorm,
+    init_bert_projection,
+)
 from fairseq2.runtime.config_registry import ConfigRegistrar
 from fairseq2.runtime.dependency import DependencyContainer, get_dependency_resolver
 from fairseq2.runtime.lazy import Lazy
@@ -54,6 +62,7 @@ from seamless_w2vbert.stack.protocol import (
     CardCheckpoint,
     SpeechEncoder,
     lengths_tensor,
+    make_packable,
     replace_shaw,
 )
 
@@ -249,6 +258,15 @@ class LinearShawSDPA(SDPA):
         # In a tuple, so that its parameters do not count twice.
         self._stock = (stock,)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all keys but padding are attended to."""
+        return isinstance(self._stock[0].bias, IdentityBias)
+
+    def train(self, mode: bool = True) -> LinearShawSDPA:
+        self._stock[0].train(mode)
+        return super().train(mode)
+
     def forward(
         self,
         q: Tensor,
@@ -266,7 +284,7 @@ class LinearShawSDPA(SDPA):
             needs_weights
             or q_layout.packed
             or q.size(1) != k.size(1)
-            or not isinstance(stock.bias, IdentityBias)
+            or not self.is_plain
         ):
             return stock(
                 q, q_layout, k, k_layout, v, bias_cache, needs_weights=needs_weights
@@ -289,26 +307,59 @@ def swap_shaw_attention(model: Module) -> int:
     return replace_shaw(model, ShawRelativePositionSDPA, LinearShawSDPA)
 
 
-def pack_blocks(model: Module) -> None:
-    for module in model.modules():
-        if isinstance(module, ConformerBlock):
-            module.forward = MethodType(_forward_packed, module)  # type: ignore[method-assign]
+class PackableBlock(ConformerBlock):  # type: ignore[misc]  # it is final
+    """fairseq2's ``ConformerBlock``, run in its packed form where that is possible."""
+
+    def forward(
+        self,
+        seqs: Tensor,
+        seqs_layout: BatchLayout,
+        attn_bias_cache: AttentionBiasCache,
+    ) -> Tensor:
+        packed = None
+
+        if not seqs_layout.packed and _is_plain(self):
+            packed = packing.packed(self, seqs, _PARTS)
+
+        if packed is None:
+            return super().forward(seqs, seqs_layout, attn_bias_cache)
+
+        return packed(
+            seqs, seqs_layout.position_indices >= 0 if seqs_layout.padded else None
+        )
 
 
-def _forward_packed(
-    self: ConformerBlock,
-    seqs: Tensor,
-    seqs_layout: BatchLayout,
-    attn_bias_cache: AttentionBiasCache,
-) -> Tensor:
-    packed = None if seqs_layout.packed else packing.packed(self, seqs)
+def _is_plain(block: Any) -> bool:
+    """Tell whether a block has nothing that its parts do not show."""
+    attention = block.self_attn
 
-    if packed is None:
-        return type(self).forward(self, seqs, seqs_layout, attn_bias_cache)
-
-    return packed(
-        seqs, seqs_layout.position_indices >= 0 if seqs_layout.padded else None
+    return (
+        isinstance(attention, StandardMultiheadAttention)
+        and not attention._attn_weight_hooks
+        and attention.num_query_groups == 1
+        and isinstance(attention.sdpa, LinearShawSDPA)
+        and attention.sdpa.is_plain
+        and not any(
+            getattr(part, "sharded", False) or getattr(part, "cast_fp32", False)
+            for part in block.modules()
+        )
     )
+
+
+_PARTS = packing.parts(
+    block=PackableBlock,
+    layer_norm=StandardLayerNorm,
+    feed_forward=StandardFeedForwardNetwork,
+    attention=StandardMultiheadAttention,
+    sdpa=LinearShawSDPA,
+    embedding=StandardEmbedding,
+    convolution=ConformerConvolution,
+    linear=(Linear, ColumnShardedLinear, RowShardedLinear),
+)
+
+
+def pack_blocks(model: Module) -> None:
+    make_packable(model, ConformerBlock, PackableBlock)
 
 
 # -- fairseq2's registries -----------------------------------------------------------

@@ -9,7 +9,7 @@ rest of the package never meets a ``PaddingMask`` (0.2) or a ``BatchLayout`` (0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from seamless_w2vbert import packing
 from seamless_w2vbert.architecture import Architecture
 
 
@@ -67,7 +68,7 @@ class Stack(Protocol):
         """Put :func:`attention.shaw_attention` in the place of every
         ``ShawRelativePositionSDPA``, with the same parameters under the same names.
 
-        :returns: how many there were.
+        :returns: how many there are, those put in earlier included.
         """
 
     def pack_blocks(self, model: Module) -> None:
@@ -101,11 +102,9 @@ class SpeechEncoder(Module):
         self.encoder = encoder
 
 
-def replace_shaw(
-    model: Module, stock: type[Module], replacement: Callable[[Any], Module]
-) -> int:
+def replace_shaw(model: Module, stock: type[Module], replacement: type[Module]) -> int:
     """Put ``replacement(child)`` in the place of every ``stock`` child that has no
-    relative values, and return how many there were."""
+    relative values, and return how many replacements there are then."""
     found = [
         (module, name, child)
         for module in model.modules()
@@ -116,7 +115,17 @@ def replace_shaw(
     for module, name, child in found:
         setattr(module, name, replacement(child))
 
-    return len(found)
+    return sum(isinstance(module, replacement) for module in model.modules())
+
+
+def make_packable(model: Module, stock: type[Module], packable: type[Module]) -> None:
+    """Make every ``stock`` module one of the subclass ``packable``, and have those that
+    are so already packed anew."""
+    for module in model.modules():
+        if type(module) is stock:
+            module.__class__ = packable
+        elif type(module) is packable:
+            packing.forget(module)
 
 
 def lengths_tensor(lengths: list[int] | Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any, Final
 
 import torch
@@ -28,10 +27,13 @@ from fairseq2.models.wav2vec2.builder import (
     Wav2Vec2EncoderBuilder,
     Wav2Vec2EncoderConfig,
 )
+from fairseq2.nn import Linear, StandardEmbedding, StandardLayerNorm
 from fairseq2.nn.padding import PaddingMask
 from fairseq2.nn.transformer import (
     SDPA,
     ShawRelativePositionSDPA,
+    StandardFeedForwardNetwork,
+    StandardMultiheadAttention,
     TransformerNormOrder,
     create_default_sdpa,
 )
@@ -46,6 +48,7 @@ from seamless_w2vbert.stack.protocol import (
     CardCheckpoint,
     SpeechEncoder,
     lengths_tensor,
+    make_packable,
     replace_shaw,
 )
 
@@ -247,6 +250,10 @@ class LinearShawSDPA(SDPA):
         # In a tuple, so that its parameters do not count twice.
         self._stock = (stock,)
 
+    def train(self, mode: bool = True) -> LinearShawSDPA:
+        self._stock[0].train(mode)
+        return super().train(mode)
+
     def forward(
         self,
         seqs: Tensor,
@@ -291,26 +298,54 @@ def swap_shaw_attention(model: Module) -> int:
     return replace_shaw(model, ShawRelativePositionSDPA, LinearShawSDPA)
 
 
+class PackableBlock(ConformerBlock):  # type: ignore[misc]  # it is final
+    """fairseq2's ``ConformerBlock``, run in its packed form where that is possible."""
+
+    def forward(
+        self,
+        seqs: Tensor,
+        padding_mask: PaddingMask | None,
+        self_attn_mask: Any = None,
+    ) -> tuple[Tensor, PaddingMask | None]:
+        packed = None
+
+        if self_attn_mask is None and _is_plain(self):
+            packed = packing.packed(self, seqs, _PARTS)
+
+        if packed is None:
+            return super().forward(seqs, padding_mask, self_attn_mask)
+
+        keep = None if padding_mask is None else padding_mask.materialize()
+
+        return packed(seqs, keep), padding_mask
+
+
+def _is_plain(block: Any) -> bool:
+    """Tell whether a block has nothing that its parts do not show."""
+    attention = block.self_attn
+
+    return (
+        isinstance(attention, StandardMultiheadAttention)
+        and not attention._attn_weight_hooks
+        and attention.num_key_value_heads == attention.num_heads
+        and attention.attn_mask_factory is None
+    )
+
+
+_PARTS = packing.parts(
+    block=PackableBlock,
+    layer_norm=StandardLayerNorm,
+    feed_forward=StandardFeedForwardNetwork,
+    attention=StandardMultiheadAttention,
+    sdpa=LinearShawSDPA,
+    embedding=StandardEmbedding,
+    convolution=ConformerConvolution,
+    linear=(Linear,),
+)
+
+
 def pack_blocks(model: Module) -> None:
-    for module in model.modules():
-        if isinstance(module, ConformerBlock):
-            module.forward = MethodType(_forward_packed, module)
-
-
-def _forward_packed(
-    self: ConformerBlock,
-    seqs: Tensor,
-    padding_mask: PaddingMask | None,
-    self_attn_mask: Any = None,
-) -> tuple[Tensor, PaddingMask | None]:
-    packed = packing.packed(self, seqs) if self_attn_mask is None else None
-
-    if packed is None:
-        return type(self).forward(self, seqs, padding_mask, self_attn_mask)
-
-    keep = None if padding_mask is None else padding_mask.materialize()
-
-    return packed(seqs, keep), padding_mask
+    make_packable(model, ConformerBlock, PackableBlock)
 
 
 # -- fairseq2's registries -----------------------------------------------------------

@@ -76,7 +76,8 @@ def shaw_attention(
         return v_NHSK
 
     inputs = (q_NHSK, k_NHSK, v_NHSK, table_RK)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+    has_gradients = any(tensor.requires_grad for tensor in inputs)
+    if is_compiling() or (torch.is_grad_enabled() and has_gradients):
         return _attend_in_blocks(*inputs, max_left, keep_NS)
 
     if q_NHSK.device.type == "cpu":
@@ -89,6 +90,11 @@ def shaw_attention(
         return fused_attention.fused_attention(*inputs, max_left, keep_NS)
 
     return _attend_in_blocks(*inputs, max_left, keep_NS)
+
+
+def is_compiling() -> bool:
+    """Tell whether torch.compile is at it, to which plain operators are of more use."""
+    return bool(getattr(torch.compiler, "is_compiling", bool)())
 
 
 @cache
@@ -298,13 +304,13 @@ def _relative_bias(
     columns = torch.arange(near + block - 1, device=scores_NHBR.device)
     columns = columns - (block - 1) + first - start
     columns = columns.clamp(-max_left, max_right) + max_left
-    padded_NHBC = scores_NHBR[..., columns].contiguous()
+    padded_NHBC = scores_NHBR[..., columns].contiguous()  # in memory of its own
     width = padded_NHBC.size(-1)
 
     near_NHBS = padded_NHBC.as_strided(
         (n, heads, block, near),
         (heads * block * width, block * width, width - 1, 1),
-        padded_NHBC.storage_offset() + block - 1,
+        block - 1,
     )
 
     left_NHBS = scores_NHBR[..., :1].expand(-1, -1, -1, first)

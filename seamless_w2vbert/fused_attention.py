@@ -144,8 +144,10 @@ if triton is not None:
         has_keep: tl.constexpr,
     ):
         """Compute a block of queries of one head."""
-        first_query = tl.program_id(0) * block_queries
-        row = tl.program_id(1)
+        # One dimension: the others of a grid end at 65,535.
+        blocks = tl.cdiv(positions, block_queries)
+        first_query = tl.program_id(0) % blocks * block_queries
+        row = tl.program_id(0) // blocks
         batch = (row // heads).to(tl.int64)
         head = (row % heads).to(tl.int64)
         length = tl.load(lengths_ptr + batch)
@@ -228,6 +230,8 @@ def takes(q_NHSK: Tensor) -> bool:
         and q_NHSK.device.type == "cuda"
         and q_NHSK.dtype in TOLERANCES
         and q_NHSK.size(3) in WIDTHS
+        # Within a sequence the kernel counts in 32 bits.
+        and q_NHSK.stride(2) * q_NHSK.size(2) < 2**31
     )
 
 
@@ -271,7 +275,7 @@ def fused_attention(
 
     # Triton launches on the current device, whatever its tensors are on.
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
-        _attend[(triton.cdiv(positions, block_queries), n * heads)](
+        _attend[(triton.cdiv(positions, block_queries) * n * heads,)](
             q,
             k,
             v,

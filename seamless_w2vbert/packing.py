@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import GLU, Conv1d, Module, SiLU
 from torch.nn.functional import conv2d, glu, layer_norm, silu
 
-from seamless_w2vbert.attention import shaw_attention
+from seamless_w2vbert.attention import is_compiling, shaw_attention
 
 _BATCH = 1024
 """The rows that weights are laid out for; others do as well."""
@@ -205,7 +205,7 @@ def packed(block: Module, seqs: Tensor, parts: Parts) -> PackedBlock | None:
     if (
         torch.is_grad_enabled()
         or _is_autocast()
-        or _is_compiling()
+        or is_compiling()
         or not multiplies_in(seqs.dtype)
         or not can_pack(block, parts)
     ):
@@ -232,11 +232,6 @@ def _is_autocast() -> bool:
     with warnings.catch_warnings():  # of torch 2.4 and on, which 2.2 has no other for
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.is_autocast_cpu_enabled()
-
-
-def _is_compiling() -> bool:
-    """Tell whether torch.compile is at it, to which plain operators are of more use."""
-    return bool(getattr(torch.compiler, "is_compiling", bool)())
 
 
 class Linear:

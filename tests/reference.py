@@ -190,3 +190,15 @@ def edit_config(folder: Path, **values) -> None:
     """Change settings of a Transformers folder."""
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def plain(q, k, v, table, left, keep=None):
+    """The formula as it is written, every pair of positions looked up."""
+    positions = torch.arange(q.size(2))
+    relative = positions - positions.unsqueeze(1)
+    relative = relative.clamp(-left, table.size(0) - 1 - left) + left
+    scores = q @ k.transpose(2, 3) + torch.einsum("nhsk,stk->nhst", q, table[relative])
+    scores = scores / q.size(-1) ** 0.5
+    if keep is not None:
+        scores = scores.masked_fill(~keep[:, None, None], float("-inf"))
+    return scores.softmax(dim=-1) @ v

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import (
     hidden_states_from_fbanks,
+    plain,
     relative_difference,
     transformers_config,
     transformers_twin,
@@ -25,18 +27,6 @@ from seamless_w2vbert import (
 )
 from seamless_w2vbert.architecture import TINY
 from seamless_w2vbert.attention import shaw_attention
-
-
-def plain(q, k, v, table, left, keep=None):
-    """The formula as it is written, every pair of positions looked up."""
-    positions = torch.arange(q.size(2))
-    relative = positions - positions.unsqueeze(1)
-    relative = relative.clamp(-left, table.size(0) - 1 - left) + left
-    scores = q @ k.transpose(2, 3) + torch.einsum("nhsk,stk->nhst", q, table[relative])
-    scores = scores / q.size(-1) ** 0.5
-    if keep is not None:
-        scores = scores.masked_fill(~keep[:, None, None], float("-inf"))
-    return scores.softmax(dim=-1) @ v
 
 
 def draw(n, heads, positions, width, relative, seed=0):
@@ -80,7 +70,7 @@ def test_every_length_around_the_window_and_block_edges_is_exact(attend):
         torch.testing.assert_close(attend(q, k, v, table, 64), expected)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 3),
     heads=st.integers(1, 4),
@@ -88,16 +78,22 @@ def test_every_length_around_the_window_and_block_edges_is_exact(attend):
     width=st.integers(1, 9),
     left=st.integers(0, 90),
     right=st.integers(0, 90),
+    rows=st.sampled_from([1, 16, 50, 256]),
+    tile=st.sampled_from([1, 1_000, 4 * 2**20]),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_window_and_padding_is_exact(
-    attend, n, heads, positions, width, left, right, seed
+    attend, n, heads, positions, width, left, right, rows, tile, seed
 ):
     q, k, v, table = draw(n, heads, positions, width, left + 1 + right, seed)
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, positions + 1, (n,), generator=generator)
 
-    assert_exact_where_kept(attend, q, k, v, table, left, lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attention._MAX_SCORES, "cpu", tile)
+        patch.setattr(attention, "_ROWS", rows)
+        patch.setattr(attention, "_TILE", tile)
+        assert_exact_where_kept(attend, q, k, v, table, left, lengths)
 
 
 @pytest.mark.usefixtures("block")
@@ -131,6 +127,25 @@ def test_it_is_as_exact_as_its_dtype(attend, dtype, positions):
     assert relative_difference(actual.double(), expected) < bound
 
 
+def test_a_sequence_of_which_nothing_is_kept_spoils_nothing(attend):
+    """Not even one whose gaps take another way than padding at the end."""
+    q, k, v, table = draw(3, 2, 9, 4, 73)
+    keep = torch.ones(3, 9, dtype=torch.bool)
+    keep[1] = False
+    keep[2, 4] = False
+
+    actual = attend(q, k, v, table, 64, keep)
+    assert actual.isfinite().all()
+    expected = plain(q, k, v, table, 64, keep)
+    torch.testing.assert_close(actual[[0, 2]], expected[[0, 2]])
+
+
+def test_nothing_at_all_is_attended_to_nothing(attend):
+    for n, positions in ((0, 5), (2, 0), (0, 0)):
+        q, k, v, table = draw(n, 2, positions, 4, 73)
+        assert attend(q, k, v, table, 64).shape == (n, 2, positions, 4)
+
+
 def assert_exact_where_kept(attend, q, k, v, table, left, lengths):
     keep = torch.arange(q.size(2)) < lengths.unsqueeze(1)
     expected = plain(q, k, v, table, left, keep)
@@ -153,6 +168,37 @@ def test_gradients_are_those_of_the_plain_formula():
 
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_memory_for_gradients_is_for_each_frame_not_for_each_pair(monkeypatch):
+    monkeypatch.setitem(attention._MAX_SCORES, "cpu", 20_000)
+
+    def bytes_kept(positions):
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        inputs = [t.requires_grad_() for t in draw(1, 2, positions, 16, 73)]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            shaw_attention(*inputs, 64)
+        return sum(kept.values())
+
+    assert bytes_kept(2_000) < 2.2 * bytes_kept(1_000)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_compiling"), reason="needs torch 2.3 or newer"
+)
+def test_it_compiles_whole():
+    q, k, v, table = draw(2, 2, 50, 4, 73)
+    keep = torch.arange(50) < torch.tensor([[50], [20]])
+    compiled = torch.compile(shaw_attention, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            compiled(q, k, v, table, 64, keep), plain(q, k, v, table, 64, keep)
+        )
 
 
 def test_ten_minutes_in_one_piece_take_memory_for_each_frame_not_for_each_pair():
@@ -218,6 +264,13 @@ def test_an_accelerated_model_of_transformers_is_the_same_model(tiny, clips):
     for layer in range(4):
         for one, other in zip(actual[layer], expected[layer], strict=True):
             assert relative_difference(one, other) < 1e-5
+
+    file = io.BytesIO()
+    torch.save(accelerate(fast), file)  # twice is as once
+    file.seek(0)
+    loaded = hidden_states_from_fbanks(torch.load(file, weights_only=False), fbanks)
+    for one, other in zip(loaded[3], actual[3], strict=True):
+        assert torch.equal(one, other)
 
     # What the fast path does not give is given by the stock one.
     features = fbanks[0][:98].reshape(1, 49, 160)

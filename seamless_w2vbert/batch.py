@@ -22,6 +22,13 @@ from seamless_w2vbert.errors import AudioError
 BatchT = TypeVar("BatchT", bound="PaddedBatch")
 T = TypeVar("T")
 
+MAX_PADDING = 0.04
+"""The share of a batch's frames that may be padding, once it is worth running."""
+
+_WORTH_RUNNING = 1 / 8
+"""From which part of the most frames on a batch is: below, more items help more than
+their padding costs."""
+
 
 @dataclass(frozen=True)
 class PaddedBatch:
@@ -144,7 +151,8 @@ def cut_batches(
     items: Iterable[tuple[T, int]], *, max_frames: int, max_items: int
 ) -> list[list[T]]:
     """Group items of known length into batches that waste little on padding: sort them
-    by length, and cut where the padded batch would grow over ``max_frames``.
+    by length, and cut where the padded batch would grow over ``max_frames``, or more
+    than :data:`MAX_PADDING` of it would be padding.
 
     :param items: (item, length in frames) pairs.
     :param max_frames: the most frames in a batch, padding included; an item longer
@@ -153,14 +161,26 @@ def cut_batches(
     :returns: the batches, longest first.
     """
     batches: list[list[T]] = []
-    width = 0
+    width = filled = 0
 
     # Longest first: the first of a batch sets its width, and memory peaks early.
     for item, length in sorted(items, key=lambda pair: -pair[1]):
-        full = not batches or len(batches[-1]) == max_items
-        if full or (len(batches[-1]) + 1) * width > max_frames:
+        frames = (len(batches[-1]) + 1) * width if batches else 0
+        padding = frames - filled - length
+        wasteful = (
+            frames > _WORTH_RUNNING * max_frames and padding > MAX_PADDING * frames
+        )
+
+        if (
+            not batches
+            or wasteful
+            or frames > max_frames
+            or len(batches[-1]) == max_items
+        ):
             batches.append([])
-            width = max(length, 1)
+            width, filled = max(length, 1), 0
+
         batches[-1].append(item)
+        filled += length
 
     return batches

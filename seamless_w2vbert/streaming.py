@@ -35,7 +35,7 @@ audio keeps two cores busy, eight minutes a GPU."""
 UNKNOWN_FRAMES = 3_000
 """What a stream reckons with where a header does not tell the length: 30 s."""
 
-MIN_WINDOW = 144_000
+_MIN_WINDOW = 144_000
 """The fbank frames (24 minutes of audio) that a stream sorts by length at a time."""
 
 
@@ -60,6 +60,12 @@ class StreamItem:
 
     error: SeamlessW2vBertError | None = None
     """What was wrong with it; None for an utterance that was embedded."""
+
+
+def window_of(max_frames: int) -> int:
+    """Return how many fbank frames a stream with such batches sorts by length at a
+    time: on CPU 24 minutes of audio, on a GPU an hour."""
+    return max(8 * max_frames, _MIN_WINDOW)
 
 
 def is_one_input(inputs: Any) -> bool:
@@ -177,7 +183,7 @@ class Stream:
         """Embed ``inputs``, which are read lazily, in windows sorted by length."""
         windows = batch.split_windows(
             self._utterances(inputs),
-            window=max(8 * self._max_frames, MIN_WINDOW),
+            window=window_of(self._max_frames),
             max_items=self._max_items,
         )
 
@@ -197,7 +203,7 @@ class Stream:
         """Embed groups of utterances, of which no batch crosses the border.
 
         What an utterance's embedding is, to the last bit, then depends on its group
-        alone, whatever came before.
+        alone, whatever came before, unless a batch did not fit a GPU's memory.
 
         :param groups: of (id, audio, length in fbank frames), see :func:`measure`.
             Read lazily.
@@ -343,6 +349,9 @@ class Stream:
             states = _split(pipeline.encoder(hidden, layers=self._layers))
         except torch.cuda.OutOfMemoryError as ex:
             torch.cuda.empty_cache()
+            # What is prepared from now on is cut to what does fit.
+            size = fbanks.seqs.size(0) * fbanks.seqs.size(1)
+            self._max_frames = max(1, min(self._max_frames, size // 2))
             reason = SeamlessW2vBertError(
                 f"{len(fbanks.seqs[0])} fbank frames do not fit in the memory of the "
                 f"device; embed it in chunks. ({str(ex).splitlines()[0]})"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 
@@ -10,3 +11,14 @@ def files_of(out: Path) -> dict[str, bytes]:
         for path in sorted(out.rglob("*"))
         if path.is_file() and path.name not in ("dump.json", ".seamless_w2vbert-lock")
     }
+
+
+def small_disk(folder: Path) -> bool:
+    """Mount a file system of 1.5 MB; False where that is not allowed."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
+    return mounted.returncode == 0

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seamless_w2vbert import AudioError
-from seamless_w2vbert.batch import cut_batches, pad, split_windows
-from seamless_w2vbert.streaming import DEFAULT_MAX_FRAMES, MIN_WINDOW
+from seamless_w2vbert.batch import MAX_PADDING, cut_batches, pad, split_windows
+from seamless_w2vbert.streaming import DEFAULT_MAX_FRAMES, window_of
 
 
 def test_padding_is_ones_behind_the_true_lengths():
@@ -55,6 +55,9 @@ def test_batches_hold_every_item_once_within_their_bounds(
             width = max(lengths[index] for index in batch)
             assert 1 <= len(batch) <= max_items
             assert len(batch) == 1 or width * len(batch) <= max_frames
+            if width * len(batch) > max_frames / 8 + width:
+                filled = sum(lengths[index] for index in batch)
+                assert filled >= (1 - MAX_PADDING) * width * len(batch)
         # Windows follow each other: order can be restored one window at a time.
         items = sorted(index for batch in batches for index in batch)
         assert items == list(range(len(seen), len(seen) + len(items)))
@@ -63,22 +66,31 @@ def test_batches_hold_every_item_once_within_their_bounds(
     assert seen == list(range(len(lengths)))
 
 
-def test_little_of_a_mixed_corpus_is_padding():
+@pytest.mark.parametrize("device", list(DEFAULT_MAX_FRAMES))
+@pytest.mark.parametrize("median", [4, 8])
+@pytest.mark.parametrize("hours", [1, 10])
+def test_little_of_a_mixed_corpus_is_padding(device, median, hours):
     random = np.random.default_rng(0)
-    lengths = np.clip(random.lognormal(np.log(800), 0.7, 2000), 100, 3000).astype(int)
+    lengths = np.clip(
+        random.lognormal(np.log(100 * median), 0.7, 1000 * hours), 100, 3000
+    ).astype(int)
+    lengths = lengths[: np.searchsorted(lengths.cumsum(), hours * 360_000)]
+    max_frames = DEFAULT_MAX_FRAMES[device]
     windows = split_windows(
-        ((int(n), int(n)) for n in lengths), window=MIN_WINDOW, max_items=64
+        ((int(n), int(n)) for n in lengths),
+        window=window_of(max_frames),
+        max_items=64,
     )
     batches = [
         batch
         for window in windows
-        for batch in cut_batches(
-            window, max_frames=DEFAULT_MAX_FRAMES["cpu"], max_items=64
-        )
+        for batch in cut_batches(window, max_frames=max_frames, max_items=64)
     ]
     computed = sum(max(batch) * len(batch) for batch in batches)
 
     assert 1 - lengths.sum() / computed < 0.05
+    # And batches are still worth their name.
+    assert computed / len(batches) > max_frames / 8
 
 
 def test_planning_reads_no_further_than_a_window():

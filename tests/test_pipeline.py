@@ -188,6 +188,35 @@ def test_batches_of_a_stream_stay_within_their_bound(tiny, clips):
     assert all(n <= 7 for n, _, _ in shapes)
 
 
+def test_batches_that_do_not_fit_are_split_and_later_ones_are_smaller(tiny, clips):
+    """The memory of a GPU that holds 300 frames, and its way of saying so."""
+    pipeline = SpeechEncoderPipeline(tiny.module)
+    run, sizes = pipeline.encoder_frontend, []
+
+    def encoder_frontend(batch):
+        sizes.append(batch.seqs.size(0) * batch.seqs.size(1))
+        if sizes[-1] > 300:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return run(batch)
+
+    pipeline.encoder_frontend = encoder_frontend
+    inputs = [clips[0]] * 100 + [np.tile(clips[0], 4)]
+    *items, long = pipeline.stream(
+        inputs, max_frames=2_000, max_items=4, on_error="return"
+    )
+
+    expected = tiny([clips[0]]).last_hidden_state[0]
+    assert len(items) == 100
+    for item in items:
+        assert relative_difference(item.last_hidden_state, expected) < 1e-5
+    # Of what does not fit alone, the reason and the way out are given.
+    assert "398 fbank frames do not fit" in str(long.error)
+    assert "chunks" in str(long.error)
+    # The long one came first; what had been prepared by then was split.
+    refused = [n for n, size in enumerate(sizes) if size > 300]
+    assert max(refused) < 30 < len(sizes)
+
+
 @pytest.fixture
 def corpus(tmp_path, clips):
     """Good and bad inputs, and which are bad."""

@@ -134,6 +134,7 @@ def benchmark(
         notes={side: note for side, note in _NOTES.items() if side in sides},
         measurements=tuple(track.result() for track in bench.tracks),
         corpus=tuple(bench.corpus),
+        left_out=tuple(bench.left_out),
     )
 
 
@@ -246,6 +247,7 @@ class _Bench:
         self.sizes: dict[str, int] = {}
         self.tracks: list[_Track] = []
         self.corpus: list[CorpusRates] = []
+        self.left_out: list[str] = []
 
     @property
     def early_layer(self) -> int:
@@ -305,10 +307,7 @@ class _Bench:
     def run_group(
         self, dtype: str, sides: Sequence[str], corpus_seconds: float
     ) -> None:
-        """Warm every side up, then run them in turn; last, the corpus.
-
-        :raises SeamlessW2vBertError: if the package cannot run the corpus.
-        """
+        """Warm every side up, then run them in turn; last, the corpus."""
         with ExitStack() as stack:
             package = self._package(dtype)
             stack.callback(package.close)
@@ -485,9 +484,11 @@ class _Bench:
                 max_seconds=self._max_seconds,
             )
         except SideError as ex:
-            raise ex.as_package_error() from None
-
-        self.corpus.append(CorpusRates.from_json(answer))
+            line = f"corpus, {package.dtype}: {ex.state}: {ex.reason}"
+            self._say(line)
+            self.left_out.append(line)
+        else:
+            self.corpus.append(CorpusRates.from_json(answer))
 
 
 class _SideRun:

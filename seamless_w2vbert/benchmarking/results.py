@@ -245,6 +245,8 @@ class Benchmark:
 
     measurements: tuple[Measurement, ...]
     corpus: tuple[CorpusRates, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """What else was asked for and could not be measured, and why."""
 
     def find(self, side: str, group: str, case: Case) -> Iterator[Measurement]:
         """Yield the measurements of a side on an input, in one group."""
@@ -277,7 +279,7 @@ class Benchmark:
 
     @property
     def skipped(self) -> list[str]:
-        """A line for each side that did not run as asked for, and why."""
+        """A line for each thing that did not run as asked for, and why."""
         lines: dict[str, list[str]] = {}
 
         for one in self.measurements:
@@ -287,7 +289,10 @@ class Benchmark:
                     what = f"{SIDES[one.side]}, {one.dtype}: {one.reason}"
                 lines.setdefault(what, []).append(one.case.label)
 
-        return [f"{', '.join(labels)}: {what}" for what, labels in lines.items()]
+        return [
+            *(f"{', '.join(labels)}: {what}" for what, labels in lines.items()),
+            *self.left_out,
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -302,6 +307,7 @@ class Benchmark:
             "notes": dict(self.notes),
             "measurements": [self._measurement_json(one) for one in self.measurements],
             "corpus": [rates.to_json() for rates in self.corpus],
+            "left_out": list(self.left_out),
         }
 
     def _measurement_json(self, one: Measurement) -> dict[str, Any]:

@@ -290,7 +290,9 @@ def _state_of(ex: Exception) -> State:
 
     if isinstance(ex, MissingSideError):
         return "missing"
-    if isinstance(ex, MemoryError) or "out of memory" in text or "alloc" in text:
+    # As torch, CUDA and C++ say it.
+    memory = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+    if isinstance(ex, MemoryError) or any(words in text for words in memory):
         return "out of memory"
     return "failed"
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from statistics import median
@@ -11,6 +13,7 @@ import pytest
 import soundfile
 import torch
 from command import run
+from folders import small_disk
 from reference import transformers_twin
 
 from seamless_w2vbert import ArgumentError, CheckpointError
@@ -218,6 +221,31 @@ def test_what_does_not_fit_into_the_time_is_said():
     assert one.state == "too slow" or (one.is_cold and len(one.seconds) == 1)
     assert one.reason
     assert one.reason in result.skipped[0]
+
+
+def test_a_corpus_that_cannot_be_run_takes_nothing_else_with_it(tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    if not small_disk(disk):
+        pytest.skip("file systems can only be mounted by root")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    try:
+        result = benchmark(
+            "tiny-random",
+            cases=[Case(1, 1)],
+            dtypes=["float32"],
+            sides=["package"],
+            repeats=1,
+            corpus_seconds=60,  # 1.9 MB, on a disk of 1.5
+        )
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+    (one,) = result.measurements
+    assert one.median is not None
+    assert not result.corpus
+    assert result.skipped == list(result.left_out)
+    assert "corpus, float32: failed" in result.skipped[0]
 
 
 def test_ctranslate2_that_is_not_installed_is_said(monkeypatch):

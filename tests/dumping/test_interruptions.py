@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 from command import COMMAND, run
-from folders import files_of
+from folders import files_of, small_disk
 
 from seamless_w2vbert import DumpError, dump, open_dump, verify_dump
 from seamless_w2vbert.cli.dump import describe
@@ -139,17 +139,6 @@ def test_a_signal_finishes_the_shard_at_hand(speech, tmp_path, number):
     assert verify_dump(str(tmp_path / "d"), sample=0).problems == (
         f"{tmp_path / 'd'}: is not complete; run the same dump again to go on",
     )
-
-
-def small_disk(folder):
-    """Mount a file system of 1.5 MB; False where that is not allowed."""
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)],
-        capture_output=True,
-        check=False,
-    )
-    return mounted.returncode == 0
 
 
 def test_a_full_disk_loses_nothing_that_was_written(corpus, pipeline, tmp_path):

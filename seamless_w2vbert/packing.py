@@ -131,8 +131,11 @@ def _is_plain(part: Any, known: tuple[type, ...] | None, *, is_block: bool) -> b
     return (
         type(part) in known
         and "forward" not in vars(part)
-        and {name for name, _ in part.named_parameters(recurse=False)} <= _LEAVES
-        and next(part.buffers(recurse=False), None) is None
+        and all(
+            tensor is None or name in _LEAVES
+            for tensors in (part._parameters, part._buffers)
+            for name, tensor in tensors.items()
+        )
         # A block's own hooks are run by whoever calls it.
         and (is_block or not (part._forward_hooks or part._forward_pre_hooks))
     )

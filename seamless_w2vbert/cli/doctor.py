@@ -181,7 +181,9 @@ def _dtype() -> Finding:
             name = str(choice.dtype).removeprefix("torch.")
             choices.append(f"{name} on {device} ({choice.reason})")
     except Exception as ex:
-        return Finding(subject, f"cannot be chosen: {_line(ex)}")
+        return Finding(
+            subject, f"cannot be chosen: {_line(ex)}", "name one: --dtype float32"
+        )
 
     return Finding(subject, "; ".join(choices))
 

@@ -67,6 +67,10 @@ def embed(
         dtype="auto" if dtype.value == "auto" else getattr(torch, dtype.value),
     )
 
+    if dtype.value == "auto":
+        taken = str(pipeline.dtype).removeprefix("torch.")
+        print(f"seamless-w2vbert: computing in {taken}", file=sys.stderr)
+
     arrays: dict[str, Tensor] = {}
     rows: list[tuple[str, ...]] = []
     failed = 0

@@ -340,7 +340,7 @@ def _is_plain(block: Any) -> bool:
         and isinstance(attention.sdpa, LinearShawSDPA)
         and attention.sdpa.is_plain
         and not any(
-            getattr(part, "sharded", False) or getattr(part, "cast_fp32", False)
+            vars(part).get("sharded") or vars(part).get("cast_fp32")
             for part in block.modules()
         )
     )

@@ -154,6 +154,7 @@ def test_embed_chooses_a_dtype_where_it_is_asked_to(tmp_path):
     path = tmp_path / "out.npy"
     result = run("embed", SPEECH, "--dtype", "auto", "--output", path)
     assert result.returncode == 0, result.stderr
+    assert re.search("computing in (float32|bfloat16)", result.stderr)
     assert np.load(path).shape == (277, 128)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import warnings
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -125,8 +124,8 @@ def can_pack(block: Module, parts: Parts) -> bool:
 
 
 def _is_plain(part: Any, known: tuple[type, ...] | None, *, is_block: bool) -> bool:
-    if known is None:  # does nothing outside training
-        return isinstance(part, torch.nn.Dropout)
+    if known is None:  # does nothing but in training, which it may be in by itself
+        return isinstance(part, torch.nn.Dropout) and not part.training
 
     return (
         type(part) in known
@@ -155,7 +154,7 @@ class _Origin:
         self._versions = list(map(_version_of, block.parameters()))
         # Writes through `.data` leave no trace but the values.
         self._views = [
-            tensor.reshape(-1)[some]
+            _in_memory(tensor)[some]
             for name in (*_PROJECTIONS, *_POINTWISE)
             for leaf in sorted(_LEAVES)
             if (tensor := self._parameters.get(f"{name}.{leaf}")) is not None
@@ -179,6 +178,12 @@ class _Origin:
             and list(map(_version_of, parameters.values())) == self._versions
             and torch.equal(torch.cat(self._views), self._samples)
         )
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor as a vector, in the order in which its values lie in memory."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.as_strided((1 + sum((n - 1) * step for n, step in strides),), (1,))
 
 
 def _version_of(tensor: Tensor) -> int:
@@ -232,8 +237,9 @@ def forget(block: Module) -> None:
 
 
 def _is_autocast() -> bool:
-    with warnings.catch_warnings():  # of torch 2.4 and on, which 2.2 has no other for
-        warnings.simplefilter("ignore", DeprecationWarning)
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # before torch 2.4
         return torch.is_autocast_cpu_enabled()
 
 
@@ -284,10 +290,9 @@ class PackedBlock:
         self.ffn2_norm = _norm(block.ffn2_layer_norm)
 
         inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [projection.bias for projection in inputs]
         self.qkv = Linear(
             torch.cat([projection.weight for projection in inputs]),
-            None if biases[0] is None else torch.cat(biases),
+            torch.cat([_bias(projection) for projection in inputs]),
         )
         self.attention_norm = _norm(block.self_attn_layer_norm)
         self.attention_output = Linear(
@@ -377,6 +382,12 @@ class PackedBlock:
         hidden = silu(layer_norm(hidden, *self.depthwise_norm))
 
         return self.pointwise2.add(hidden, seqs)
+
+
+def _bias(projection: Any) -> Tensor:
+    bias: Tensor | None = projection.bias
+    weight: Tensor = projection.weight
+    return weight.new_zeros(weight.size(0)) if bias is None else bias
 
 
 def _norm(module: Any) -> tuple[Any, ...]:

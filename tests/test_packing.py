@@ -322,6 +322,27 @@ def test_attention_weights_are_handed_to_those_who_ask(pair, clips):
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_dropout_that_is_in_training_by_itself_drops(pair, clips):
+    """As for estimates of uncertainty."""
+    fast = pair[1]
+    pipeline = SpeechEncoderPipeline(fast)
+    fast.encoder.layers[1].ffn1.inner_dropout = torch.nn.Dropout(0.5).train()
+    first, second = (pipeline(clips[:1]).last_hidden_state for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_weights_that_lie_otherwise_in_memory_are_watched_too(pair, clips):
+    stock, fast = pair
+    for module in pair:
+        inner = module.encoder.layers[1].ffn1.inner_proj
+        inner.weight = Parameter(inner.weight.detach().T.contiguous().T)
+    embed(fast, clips[:1])
+    for module in pair:
+        module.encoder.layers[1].ffn1.inner_proj.weight.data.mul_(1.5)
+
+    assert_same(embed(fast, clips[:1]), embed(stock, clips[:1]), 5e-6)
+
+
 def test_a_hook_on_every_module_is_not_passed_over(pair, clips):
     seen = []
     handle = torch.nn.modules.module.register_module_forward_hook(

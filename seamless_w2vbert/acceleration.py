@@ -29,13 +29,14 @@ def accelerate(model: ModuleT) -> ModuleT:
     attention weights, for dropout in attention or for an attention mask of its own,
     the stock implementation answers it as before.
 
-    On CPU, fairseq2's Conformer blocks also run in a packed form
-    (:mod:`seamless_w2vbert.packing`) whenever no gradient is asked for, in float32 or
-    bfloat16. That takes the memory of their weights once more, which for weights that
-    are mapped from a file the system can take back from the first. Blocks with hooks
-    or parts of your own inside them run as they are. Weights that change are packed
-    anew; after writing a part of one through ``.data``, which nothing records, call
-    this again. Transformers' models get the attention alone.
+    fairseq2's Conformer blocks also run in a leaner form
+    (:mod:`seamless_w2vbert.block`) whenever no gradient is asked for: on CUDA in
+    float32, float16 or bfloat16, on CPU in float32 or bfloat16. Blocks with hooks or
+    parts of your own inside them run as they are. On CPU that takes the memory of their
+    weights once more, which for weights that are mapped from a file the system can take
+    back from the first. Weights that change are packed anew; after writing a part of
+    one through ``.data``, which nothing records, call this again. Transformers' models
+    get the attention alone.
 
     :param model: any module with fairseq2's ``ShawRelativePositionSDPA`` or
         Transformers' ``Wav2Vec2BertSelfAttention`` in it. What has been accelerated

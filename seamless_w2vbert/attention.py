@@ -20,7 +20,6 @@ P = S + R - 1 positions with the padding that lets each have a whole window.
 
 from __future__ import annotations
 
-import warnings
 from functools import cache, partial
 
 import torch
@@ -29,6 +28,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from seamless_w2vbert import fused_attention
+from seamless_w2vbert.trial import is_right
 
 _MAX_SCORES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 """How many scores one block of queries may have over all heads and sequences: on CPU
@@ -84,7 +84,7 @@ def shaw_attention(
         lengths = _lengths(keep_NS, n, positions)
         if lengths is not None:
             return _infer(*inputs, max_left, lengths)
-    elif fused_attention.takes(q_NHSK) and _has_fused(
+    elif fused_attention.takes(q_NHSK, table_RK) and _has_fused(
         q_NHSK.device, q_NHSK.dtype, q_NHSK.size(3)
     ):
         return fused_attention.fused_attention(*inputs, max_left, keep_NS)
@@ -110,31 +110,19 @@ def _has_fused(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     lengths_N1 = torch.tensor([[positions], [positions // 2]])
     keep = torch.arange(positions) < lengths_N1
     expected = _attend_in_blocks(q, k, v, table, max_left, keep)
+    expected = expected.masked_fill(~keep[:, None, :, None], 0)
 
-    try:
-        q, k, v, table = (tensor.to(device, dtype) for tensor in (q, k, v, table))
-        actual = fused_attention.fused_attention(
-            q, k, v, table, max_left, keep.to(device)
+    def run() -> Tensor:
+        return fused_attention.fused_attention(
+            q.to(device, dtype),
+            k.to(device, dtype),
+            v.to(device, dtype),
+            table.to(device, dtype),
+            max_left,
+            keep.to(device),
         )
-        difference = (actual.float().cpu() - expected).masked_fill(
-            ~keep[:, None, :, None], 0
-        )
-        share = float(difference.abs().max() / expected.abs().max())
-        reason = f"its result is off by {share:.1e}"
-        if share <= fused_attention.TOLERANCES[dtype]:
-            return True
-    except torch.cuda.OutOfMemoryError:  # says nothing about the kernel
-        raise
-    except Exception as ex:
-        reason = f"{type(ex).__name__}: {ex}"
 
-    warnings.warn(
-        f"The fused attention does not run on {device} in {dtype} ({reason}); a slower "
-        "way is taken, with the same results.",
-        stacklevel=4,
-    )
-
-    return False
+    return is_right("attention", run, expected, device, dtype)
 
 
 def _lengths(keep_NS: Tensor | None, n: int, positions: int) -> list[int] | None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seamless_w2vbert.trial import TOLERANCES
+
 try:
     import triton
     import triton.language as tl
@@ -23,10 +25,10 @@ except ImportError:  # no Triton for this system
 WIDTHS = (16, 32, 64, 128)
 """Of a head; the kernel's matrix products want a power of two."""
 
+NUM_WARPS = 8
+"""Of a program. With four, its registers do not hold what is near the diagonal."""
+
 _LOG2_E = 1.4426950408889634
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The dtypes that the kernel takes, and the most that rounding in them may make its
-result differ, as a share of the largest value."""
 
 if triton is not None:
 
@@ -37,6 +39,7 @@ if triton is not None:
         k_ptr,
         v_ptr,
         keep_ptr,
+        scores_stride,
         k_stride,
         v_stride,
         first,
@@ -63,7 +66,7 @@ if triton is not None:
 
         if not is_near:
             bias = tl.load(
-                scores_ptr + queries * relative + column, mask=here, other=0.0
+                scores_ptr + queries * scores_stride + column, mask=here, other=0.0
             ).to(tl.float32)
 
         for start in range(first, last, block_keys):
@@ -84,7 +87,7 @@ if triton is not None:
                 offsets = keys[None, :] - queries[:, None] + max_left
                 offsets = tl.minimum(tl.maximum(offsets, 0), relative - 1)
                 near = tl.load(
-                    scores_ptr + queries[:, None] * relative + offsets,
+                    scores_ptr + queries[:, None] * scores_stride + offsets,
                     mask=here[:, None],
                     other=0.0,
                 )
@@ -161,7 +164,7 @@ if triton is not None:
             k_ptr += batch * k_batch + head * k_head
             v_ptr += batch * v_batch + head * v_head
             output_ptr += batch * output_batch + head * output_head
-            scores_ptr += (batch * heads + head) * positions * relative
+            scores_ptr += (batch * positions * heads + head) * relative
             keep_ptr += batch * positions
 
             q = tl.load(
@@ -194,6 +197,7 @@ if triton is not None:
                     k_ptr,
                     v_ptr,
                     keep_ptr,
+                    heads * relative,
                     k_stride,
                     v_stride,
                     first,
@@ -223,16 +227,26 @@ if triton is not None:
             )
 
 
-def takes(q_NHSK: Tensor) -> bool:
-    """Tell whether the kernel is made for queries like these."""
+def takes(q_NHSK: Tensor, table_RK: Tensor) -> bool:
+    """Tell whether the kernel is made for queries and relative keys like these."""
+    _, heads, positions, width = q_NHSK.shape
+    stride = max(q_NHSK.stride(2), heads * table_RK.size(0))
+
     return (
         triton is not None
         and q_NHSK.device.type == "cuda"
         and q_NHSK.dtype in TOLERANCES
-        and q_NHSK.size(3) in WIDTHS
+        and width in WIDTHS
         # Within a sequence the kernel counts in 32 bits.
-        and q_NHSK.stride(2) * q_NHSK.size(2) < 2**31
+        and stride * positions < 2**31
     )
+
+
+def block_sizes(dtype: torch.dtype, width: int) -> tuple[int, int]:
+    """Return how many queries and keys a program takes at a time: what its registers
+    and 99 KB of shared memory, which any GPU since 2020 has, can hold."""
+    wide = (dtype == torch.float32) + (width > 64)
+    return ((128, 64), (64, 32), (32, 32))[wide]
 
 
 def fused_attention(
@@ -255,7 +269,8 @@ def fused_attention(
         x if x.stride(3) == 1 else x.contiguous() for x in (q_NHSK, k_NHSK, v_NHSK)
     )
 
-    scores_NHSR = (q @ (table_RK * scale).T).contiguous()
+    # As queries lie in memory if they come out of a projection.
+    scores_NSHR = (q.transpose(1, 2) @ (table_RK * scale).T).contiguous()
     output_NSHK = torch.zeros(
         n, positions, heads, width, dtype=q.dtype, device=q.device
     )
@@ -270,8 +285,7 @@ def fused_attention(
         lengths_N = (keep_NS * places_S).amax(dim=1).to(torch.int32)
         keep = keep_NS.to(torch.uint8).contiguous()
 
-    wide = q.dtype == torch.float32 or width > 64
-    block_queries, block_keys = (64, 32) if wide else (128, 64)
+    block_queries, block_keys = block_sizes(q.dtype, width)
 
     # Triton launches on the current device, whatever its tensors are on.
     with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
@@ -279,7 +293,7 @@ def fused_attention(
             q,
             k,
             v,
-            scores_NHSR,
+            scores_NSHR,
             keep,
             lengths_N,
             output_NHSK,
@@ -297,7 +311,7 @@ def fused_attention(
             block_queries=block_queries,
             block_keys=block_keys,
             has_keep=keep_NS is not None,
-            num_warps=4,
+            num_warps=NUM_WARPS,
         )
 
     return output_NHSK

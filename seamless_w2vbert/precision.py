@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import cosine_similarity, linear
 
-from seamless_w2vbert import encoder, packing
+from seamless_w2vbert import block, encoder
 from seamless_w2vbert.audio import Waveform
 from seamless_w2vbert.batch import FbankBatch, pad
 from seamless_w2vbert.errors import SeamlessW2vBertError
@@ -103,9 +103,9 @@ def _rate(dtype: torch.dtype, device: torch.device) -> float:
     x = torch.randn(frames, inputs, device=device).to(dtype)
     weight = torch.randn(outputs, inputs, device=device).to(dtype)
 
-    packed = device.type == "cpu" and packing.multiplies_in(dtype)
+    packed = device.type == "cpu" and block.multiplies_in(dtype)
     product: Callable[[Tensor], Tensor] = (
-        packing.Linear(weight) if packed else lambda x: linear(x, weight)
+        block.PackedProduct(weight) if packed else lambda x: linear(x, weight)
     )
     seconds = []
 

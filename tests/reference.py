@@ -202,3 +202,16 @@ def plain(q, k, v, table, left, keep=None):
     if keep is not None:
         scores = scores.masked_fill(~keep[:, None, None], float("-inf"))
     return scores.softmax(dim=-1) @ v
+
+
+def plain_convolution(seqs, weight, bias, norm):
+    """A Conformer's causal convolution, tap by tap, with its norm and SiLU."""
+    taps = weight.size(2)
+    past = torch.nn.functional.pad(seqs, (0, 0, taps - 1, 0))
+    convolved = sum(
+        past[:, tap : tap + seqs.size(1)] * weight[:, 0, tap] for tap in range(taps)
+    )
+    if bias is not None:
+        convolved = convolved + bias
+    normalised = torch.nn.functional.layer_norm(convolved, *norm)
+    return normalised * torch.sigmoid(normalised)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from seamless_w2vbert import SpeechEncoderPipeline, accelerate, packing, stack
+from seamless_w2vbert import SpeechEncoderPipeline, accelerate, block, packing, stack
+from seamless_w2vbert.block import LeanBlock, SharedProduct, multiplies_in
 from seamless_w2vbert.model import load_conformer_shaw_model
 from seamless_w2vbert.stack import fairseq2_generation
 
 pytestmark = pytest.mark.skipif(
-    not packing.multiplies_in(torch.float32), reason="this torch has no oneDNN"
+    not multiplies_in(torch.float32), reason="this torch has no oneDNN"
 )
 needs_02 = pytest.mark.skipif(
     fairseq2_generation() != "0.2", reason="needs fairseq2 0.2"
@@ -45,12 +46,18 @@ def assert_same(states, expected, bound):
         assert difference < bound * hidden.abs().max(), layer
 
 
+def assert_close_in_direction(hidden, expected):
+    valid = expected.abs().sum(dim=-1) > 0
+    cosine = torch.cosine_similarity(hidden.float(), expected, dim=-1)[valid]
+    assert cosine.mean() > 0.999
+
+
 def count_packed(monkeypatch):
     """Count how often a packed block runs."""
     calls = []
-    run = packing.PackedBlock.__call__
+    run = LeanBlock.__call__
     monkeypatch.setattr(
-        packing.PackedBlock,
+        LeanBlock,
         "__call__",
         lambda self, *args: calls.append(self) or run(self, *args),
     )
@@ -75,9 +82,26 @@ def test_packed_blocks_run_in_bfloat16(clips, monkeypatch):
     (expected,) = embed(stock, clips, layers=3).values()
     assert hidden.dtype == torch.bfloat16
     assert calls
-    valid = expected.abs().sum(dim=-1) > 0
-    cosine = torch.cosine_similarity(hidden.float(), expected, dim=-1)[valid]
-    assert cosine.mean() > 0.999
+    assert_close_in_direction(hidden, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_blocks_do_on_cuda_gives_what_fairseq2s_do(
+    pair, clips, monkeypatch, dtype
+):
+    """But for the kernels, which are tested by themselves."""
+    stock, fast = pair
+    calls = count_packed(monkeypatch)
+    monkeypatch.setattr(
+        packing, "packed", lambda block, *_: LeanBlock(block, SharedProduct)
+    )
+    states, expected = embed(fast.to(dtype), clips), embed(stock, clips)
+
+    assert len(calls) == 3
+    if dtype == torch.float32:
+        assert_same(states, expected, 2e-6)
+    for layer, hidden in expected.items():
+        assert_close_in_direction(states[layer], hidden)
 
 
 def test_gradients_take_the_way_of_fairseq2(pair, clips, monkeypatch):
@@ -246,7 +270,7 @@ def test_more_frames_than_go_through_at_a_time_come_out_the_same(
     pair, clips, monkeypatch
 ):
     stock, fast = pair
-    monkeypatch.setattr(packing, "_ROWS", 7)
+    monkeypatch.setattr(block, "_ROWS", 7)
 
     assert_same(embed(fast, clips), embed(stock, clips), 2e-6)
 
@@ -414,11 +438,11 @@ def test_an_accelerated_model_is_saved_and_loaded_whole(
 def test_threads_share_a_packed_block(pair, clips, monkeypatch):
     fast, expected = pair[1], embed(pair[0], clips)
     made = []
-    make = packing.PackedBlock.__init__
+    make = LeanBlock.__init__
     monkeypatch.setattr(
-        packing.PackedBlock,
+        LeanBlock,
         "__init__",
-        lambda self, block: made.append(block) or make(self, block),
+        lambda self, *args: made.append(args) or make(self, *args),
     )
     together = Barrier(6)
 
@@ -434,8 +458,8 @@ def test_threads_share_a_packed_block(pair, clips, monkeypatch):
 
 OLD_PROCESSOR = """
 import torch
-from seamless_w2vbert import SpeechEncoderPipeline, packing
-assert not packing.multiplies_in(torch.bfloat16)
+from seamless_w2vbert import SpeechEncoderPipeline, block
+assert not block.multiplies_in(torch.bfloat16)
 audio = torch.randn(16000, generator=torch.Generator().manual_seed(0)) / 10
 for dtype in (torch.bfloat16, "auto"):
     pipeline = SpeechEncoderPipeline.from_pretrained("tiny-random", dtype=dtype)

@@ -308,7 +308,7 @@ def swap_shaw_attention(model: Module) -> int:
 
 
 class PackableBlock(ConformerBlock):  # type: ignore[misc]  # it is final
-    """fairseq2's ``ConformerBlock``, run in its packed form where that is possible."""
+    """fairseq2's ``ConformerBlock``, run in its form for inference where it can be."""
 
     def forward(
         self,

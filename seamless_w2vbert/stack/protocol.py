@@ -72,7 +72,7 @@ class Stack(Protocol):
         """
 
     def pack_blocks(self, model: Module) -> None:
-        """Have every ``ConformerBlock`` run in its packed form where that is possible,
+        """Have every ``ConformerBlock`` run in its form for inference where it can be,
         see :func:`packing.packed`."""
 
     def load_with_seamless(

@@ -1,4 +1,4 @@
-"""Runs the fused kernel in Triton's interpreter, on CPU, against the plain formula.
+"""Runs the fused kernels in Triton's interpreter, on CPU, against plain formulas.
 
 A program of its own: the interpreter has to be chosen before Triton is imported.
 """
@@ -9,9 +9,12 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from reference import plain, plain_convolution
 from triton.runtime import interpreter
 
-from seamless_w2vbert.fused_attention import TOLERANCES, fused_attention
+from seamless_w2vbert.fused_attention import fused_attention
+from seamless_w2vbert.fused_convolution import fused_convolution
+from seamless_w2vbert.trial import TOLERANCES
 
 _patch = interpreter._patch_lang_tensor
 
@@ -25,18 +28,13 @@ def _patch_for_todays_numpy(tensor):
 interpreter._patch_lang_tensor = _patch_for_todays_numpy
 
 
-def plain(q, k, v, table, left, keep):
-    positions = torch.arange(q.size(2))
-    relative = (positions - positions.unsqueeze(1)).clamp(
-        -left, table.size(0) - 1 - left
-    )
-    keys = k.unsqueeze(2) + table[relative + left]
-    scores = torch.einsum("nhsk,nhstk->nhst", q, keys) / q.size(-1) ** 0.5
-    scores = scores.masked_fill(~keep[:, None, None], float("-inf"))
-    return scores.softmax(dim=-1) @ v
+def check(case, actual, expected):
+    share = (actual - expected).abs().max() / expected.abs().max()
+    if not share <= TOLERANCES[actual.dtype] / 10:
+        sys.exit(f"{case}, {actual.dtype}: off by {share:.1e}")
 
 
-def main():
+def check_attention():
     generator = torch.Generator().manual_seed(0)
     # n, heads, positions, width, relative positions, of which to the left
     for shape in (
@@ -74,15 +72,38 @@ def main():
                     keep if given else None,
                 )
                 for row, length in enumerate(last.tolist()):
-                    difference = actual[row, :, :length] - expected[row, :, :length]
-                    share = difference.abs().max() / expected.abs().max()
-                    if not share <= TOLERANCES[dtype] / 10:
-                        sys.exit(f"{shape}, {dtype}: off by {share:.1e}")
+                    check(shape, actual[row, :, :length], expected[row, :, :length])
                     if actual[row, :, length:].any():
                         sys.exit(f"{shape}, {dtype}: padding is not zero")
 
-    print("exact")
+
+def check_convolution():
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):  # what float16 can hold
+        return torch.randn(*shape, generator=generator).half().float()
+
+    # n, positions, channels, taps; blocks are of 16 K numbers
+    for shape in ((2, 40, 1024, 31), (3, 300, 96, 5), (1, 2, 48, 31), (2, 9, 2048, 1)):
+        n, positions, channels, taps = shape
+        # Every second of the channels, so that they do not lie side by side.
+        seqs = draw(n, positions, 2 * channels)[..., ::2]
+        weight = draw(channels, 1, taps)
+        gain, offset, bias = draw(3, channels)
+
+        for given in (None, bias):
+            x, w, g, o = (each.double() for each in (seqs, weight, gain, offset))
+            b = None if given is None else given.double()
+            expected = plain_convolution(x, w, b, ((channels,), g, o, 1e-5))
+
+            for dtype in (torch.float32, torch.float16):
+                x, w, g, o = (each.to(dtype) for each in (seqs, weight, gain, offset))
+                b = None if given is None else given.to(dtype)
+                actual = fused_convolution(x, w, b, ((channels,), g, o, 1e-5))
+                check(shape, actual, expected)
 
 
 if __name__ == "__main__":
-    main()
+    check_attention()
+    check_convolution()
+    print("exact")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seamless_w2vbert.cli import options
+from seamless_w2vbert.cli.tables import make_console
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 if TYPE_CHECKING:
@@ -149,12 +150,11 @@ def _check_json(path: Path) -> None:
 
 def _print(result: Benchmark) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from seamless_w2vbert.benchmarking import report
 
-    console = Console(markup=False, highlight=False)
+    console = make_console()
 
     for line in report.machine_lines(result):
         console.print(line)

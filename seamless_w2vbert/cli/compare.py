@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seamless_w2vbert.cli import options
+from seamless_w2vbert.cli.tables import make_console
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 if TYPE_CHECKING:
@@ -113,7 +114,6 @@ def _check_report(report: Path) -> None:
 
 def _print_table(comparison: Comparison) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -124,7 +124,7 @@ def _print_table(comparison: Comparison) -> None:
         caption_justify="left",
     )
 
-    console = Console(markup=False, highlight=False)
+    console = make_console()
     # Numbers are never cut short: where there is no room, columns go.
     shown = [n for n, (_, width) in enumerate(_COLUMNS) if console.width >= width]
 

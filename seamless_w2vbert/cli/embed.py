@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seamless_w2vbert.cli import options
+from seamless_w2vbert.cli.tables import make_console
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 
 if TYPE_CHECKING:
@@ -140,7 +141,6 @@ def _row(
 
 def _print_table(rows: list[tuple[str, ...]], model: str) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     untrained = " (untrained)" if model == "tiny-random" else ""
@@ -153,7 +153,7 @@ def _print_table(rows: list[tuple[str, ...]], model: str) -> None:
     for row in rows:
         table.add_row(*row)
 
-    Console(markup=False, highlight=False, soft_wrap=False).print(table)
+    make_console().print(table)
 
 
 def _write(output: Path, arrays: dict[str, Tensor]) -> None:

@@ -142,7 +142,8 @@ def machine_lines(benchmark: Benchmark) -> Iterator[str]:
     yield ", ".join(f"{name} {version}" for name, version in benchmark.versions.items())
     yield (
         f"{benchmark.model}, {benchmark.num_layers} layers; medians; "
-        f"interleaved runs after one to warm up: {benchmark.repeats}"
+        f"interleaved runs after one to warm up: {benchmark.repeats}; those under 5 s "
+        "right after another"
     )
 
 

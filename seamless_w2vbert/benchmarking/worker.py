@@ -30,6 +30,10 @@ from seamless_w2vbert.benchmarking.sides import MissingSideError, Settings
 _WARM_UP_FRAMES = 98
 """A second of fbank, to have everything allocated that stays."""
 
+_SHORT = 5.0
+"""Seconds. A shorter run is timed right after another: threads that have slept while
+other sides ran may take a tenth of a second to be spread over the cores again."""
+
 _MAX_REASON = 300
 
 
@@ -183,8 +187,8 @@ class _Child:
         reference: str | None = None,
         save: str | None = None,
     ) -> dict[str, Any]:
-        """Run the side once. The clock starts with the input in the side's own form,
-        and stops with the output there.
+        """Run the side. The clock starts with the input in the side's own form, and
+        stops with the output there; of a short run that of a second one counts.
 
         :param watch_memory: give back unused memory first, so that the peak is that of
             this run. It is taken anew then, which costs time: not for timed runs.
@@ -196,9 +200,9 @@ class _Child:
         if meter is not None:
             meter.reset()
 
-        start = time.perf_counter()
-        result = self._runner.run(prepared, layer)
-        seconds = time.perf_counter() - start
+        result, seconds = self._time(prepared, layer)
+        if meter is None and seconds < _SHORT:
+            result, seconds = self._time(prepared, layer)
 
         answer: dict[str, Any] = {"seconds": seconds}
         if meter is not None:
@@ -210,6 +214,12 @@ class _Child:
             answer.update(_cosines(self._runner.output(result), expected))
 
         return answer
+
+    def _time(self, prepared: Any, layer: int | None) -> tuple[Any, float]:
+        assert self._runner is not None
+        start = time.perf_counter()
+        result = self._runner.run(prepared, layer)
+        return result, time.perf_counter() - start
 
     def corpus(
         self, folder: str, audio_seconds: float, repeats: int, max_seconds: float

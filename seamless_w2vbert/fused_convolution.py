@@ -24,6 +24,9 @@ try:
 except ImportError:  # no Triton for this system
     triton = None
 
+NUM_WARPS = 8
+"""Of a program."""
+
 _MOST_CHANNELS = 4096
 """More do not fit the registers of a program."""
 
@@ -120,8 +123,8 @@ def fused_convolution(
     weight_KM = weight_M1K.squeeze(1).T.contiguous()
 
     block_channels = triton.next_power_of_2(channels)
-    # 64 numbers for each of 256 threads.
-    block_positions = max(1, 16 * 1024 // block_channels)
+    # 64 numbers for each thread.
+    block_positions = max(1, 64 * 32 * NUM_WARPS // block_channels)
 
     # Triton launches on the current device, whatever its tensors are on.
     with torch.cuda.device_of(seqs):  # type: ignore[no-untyped-call]
@@ -139,7 +142,7 @@ def fused_convolution(
             block_positions=block_positions,
             block_channels=block_channels,
             has_bias=bias_M is not None,
-            num_warps=8,
+            num_warps=NUM_WARPS,
         )
 
     return output

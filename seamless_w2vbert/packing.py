@@ -26,6 +26,7 @@ from seamless_w2vbert.block import (
     SharedProduct,
     multiplies_in,
 )
+from seamless_w2vbert.trial import TOLERANCES
 
 _SAMPLES = 32
 """How many values at either end of a weight are compared to tell whether it has been
@@ -35,11 +36,6 @@ _PROJECTIONS = (
     *(f"ffn{n}.{name}" for n in (1, 2) for name in ("inner_proj", "output_proj")),
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "output")),
 )
-
-_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
-    "cuda": (torch.float32, torch.float16, torch.bfloat16),
-}
 
 _LEAVES = {"weight", "bias"}
 
@@ -195,19 +191,16 @@ def packed(block: Module, seqs: Tensor, parts: Parts) -> LeanBlock | None:
 
     if (
         block.training
-        or seqs.dtype not in _DTYPES.get(device, ())
         or torch.is_grad_enabled()
-        or _is_autocast(device)
         or is_compiling()
+        or not _has_products(seqs)
+        or _is_autocast(device)
         or not can_pack(block, parts)
     ):
         return None
 
     if device == "cuda":
         return LeanBlock(block, SharedProduct) if _fits(block, seqs) else None
-
-    if not multiplies_in(seqs.dtype):
-        return None
 
     with _packing:
         origin, found = _packed.get(block, (None, None))
@@ -227,6 +220,13 @@ def packed(block: Module, seqs: Tensor, parts: Parts) -> LeanBlock | None:
             )
 
     return found
+
+
+def _has_products(seqs: Tensor) -> bool:
+    if seqs.is_cpu:
+        return multiplies_in(seqs.dtype)
+
+    return seqs.is_cuda and seqs.dtype in TOLERANCES
 
 
 def _fits(block: Module, seqs: Tensor) -> bool:

@@ -18,7 +18,7 @@ differ, as a share of the largest value."""
 
 def is_right(
     name: str,
-    run: Callable[..., Tensor],
+    run: Callable[[], Tensor],
     expected: Tensor,
     device: torch.device,
     dtype: torch.dtype,

@@ -48,6 +48,7 @@ def test_the_attention_compiles_for_gpus_that_are_not_here(width, dtype, capabil
     block_queries, block_keys = fused_attention.block_sizes(dtype, width)
     check_compiles(
         fused_attention._attend,
+        fused_attention.NUM_WARPS,
         dtype,
         capability,
         constants={
@@ -69,6 +70,7 @@ def test_the_attention_compiles_for_gpus_that_are_not_here(width, dtype, capabil
 def test_the_convolution_compiles_for_gpus_that_are_not_here(dtype, capability):
     check_compiles(
         fused_convolution._convolve,
+        fused_convolution.NUM_WARPS,
         dtype,
         capability,
         constants={
@@ -81,7 +83,7 @@ def test_the_convolution_compiles_for_gpus_that_are_not_here(dtype, capability):
     )
 
 
-def check_compiles(kernel, dtype, capability, constants, types):
+def check_compiles(kernel, num_warps, dtype, capability, constants, types):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -102,7 +104,7 @@ def check_compiles(kernel, dtype, capability, constants, types):
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": fused_attention.NUM_WARPS},
+        options={"num_warps": num_warps},
     )
 
     assert f".target sm_{capability}" in compiled.asm["ptx"]

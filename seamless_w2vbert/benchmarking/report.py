@@ -20,6 +20,7 @@ from seamless_w2vbert.benchmarking.results import (
     Case,
     Measurement,
 )
+from seamless_w2vbert.benchmarking.worker import SHORT
 from seamless_w2vbert.errors import ArgumentError, SeamlessW2vBertError
 from seamless_w2vbert.html import image, new_figure, page, table, to_png
 
@@ -142,8 +143,8 @@ def machine_lines(benchmark: Benchmark) -> Iterator[str]:
     yield ", ".join(f"{name} {version}" for name, version in benchmark.versions.items())
     yield (
         f"{benchmark.model}, {benchmark.num_layers} layers; medians; "
-        f"interleaved runs after one to warm up: {benchmark.repeats}; those under 5 s "
-        "right after another"
+        f"interleaved runs after one to warm up: {benchmark.repeats}; those under "
+        f"{SHORT:g} s right after another"
     )
 
 

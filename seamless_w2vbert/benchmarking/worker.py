@@ -30,7 +30,7 @@ from seamless_w2vbert.benchmarking.sides import MissingSideError, Settings
 _WARM_UP_FRAMES = 98
 """A second of fbank, to have everything allocated that stays."""
 
-_SHORT = 5.0
+SHORT = 5.0
 """Seconds. A shorter run is timed right after another: threads that have slept while
 other sides ran may take a tenth of a second to be spread over the cores again."""
 
@@ -201,7 +201,7 @@ class _Child:
             meter.reset()
 
         result, seconds = self._time(prepared, layer)
-        if meter is None and seconds < _SHORT:
+        if meter is None and seconds < SHORT:
             result, seconds = self._time(prepared, layer)
 
         answer: dict[str, Any] = {"seconds": seconds}

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,9 +28,16 @@ from seamless_w2vbert.constants import (
 )
 from seamless_w2vbert.errors import AudioError
 
+_one_at_a_time = Lock()
+
+
+def _converter() -> Any:
+    with _one_at_a_time:  # else each of several threads would make, and prime, its own
+        return _primed_converter()
+
 
 @cache
-def _converter() -> Any:
+def _primed_converter() -> Any:
     converter = stack.load().WaveformToFbankConverter(
         num_mel_bins=NUM_MEL_BINS,
         waveform_scale=WAVEFORM_SCALE,

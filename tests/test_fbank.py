@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +92,38 @@ def test_a_waveform_that_is_not_finite_is_not_taken_for_silence(bad):
     waveform.samples[5] = bad
     with pytest.raises(AudioError, match="not all finite"):
         fbank(waveform)
+
+
+def test_threads_that_begin_together_get_the_same_and_leave_stderr_open():
+    """Twenty processes of eight threads: priming the converter is a race to lose."""
+    program = """
+import os, threading
+import torch
+from seamless_w2vbert import stack
+from seamless_w2vbert.audio import decode
+from seamless_w2vbert.fbank import fbank
+stack.load()
+waveform = decode(torch.randn(16000))
+def race():
+    barrier = threading.Barrier(8)
+    found = []
+    def run():
+        barrier.wait()
+        found.append(fbank(waveform))
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    expected = fbank(waveform)
+    same = [torch.equal(array, expected) for array in found]
+    os.write(2, (f"{same.count(True)} the same\\n").encode())
+for _ in range(20):
+    process = os.fork()
+    if not process:
+        race()
+        os._exit(0)
+    os.waitpid(process, 0)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stderr.splitlines() == ["8 the same"] * 20

@@ -344,7 +344,9 @@ def check_folder(store: Store, known: set[str], *, is_array: bool = False) -> No
     :param is_array: whether parts of jobs may be.
     :raises DumpError: if it is something else's.
     """
-    if store.exists(FILE):
+    names = store.names()
+
+    if FILE in names:
         if is_array:
             raise DumpError(
                 f"{store}: is the dump of one job; choose another folder for several."
@@ -353,7 +355,7 @@ def check_folder(store: Store, known: set[str], *, is_array: bool = False) -> No
 
     foreign = [
         name
-        for name in store.names()
+        for name in names
         if name not in known
         and not name.startswith(".")
         and not (is_array and name.startswith("part-"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ _TEMPORARY = ".seamless_w2vbert-tmp"
 _LOCK = ".seamless_w2vbert-lock"
 
 _ONE_PIECE = 16 * 2**20
-"""The bytes up to which a file is uploaded in one request."""
+"""The bytes up to which a file is uploaded, and downloaded, in one request."""
 
 
 class Store:
@@ -55,7 +56,10 @@ class Store:
 
         if is_url(self.location):
             self._fs, self._root = _open_url(self.location)
-        else:
+            if self._fs is None:
+                self.location = self._root
+
+        if not self.is_remote:
             self.path = Path(self.location)
 
     @property
@@ -90,11 +94,13 @@ class Store:
             try:
                 if not self.is_remote:
                     return sorted(os.listdir(self.path / folder))
-                found = self._fs.ls(self._full(folder), detail=False)
+                entries = self._fs.ls(self._full(folder), detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        return sorted({entry.rstrip("/").rpartition("/")[2] for entry in found} - {""})
+        names = {entry["name"].rstrip("/").rpartition("/")[2] for entry in entries}
+
+        return sorted(names - {""})
 
     def read(self, name: str) -> bytes:
         """Return the content of a file."""
@@ -118,8 +124,13 @@ class Store:
             copy.parent.mkdir(parents=True, exist_ok=True)
             part = f"{copy}.part"
             with self._errors(name):
-                if self._fs.isdir(self._full(name)):
+                found = self._fs.info(self._full(name))
+                if found["type"] == "directory":
                     self._fs.get(f"{self._full(name)}/", f"{part}/", recursive=True)
+                elif (found.get("size") or math.inf) <= _ONE_PIECE:
+                    # Opened files of some stores, the one in memory among them, share
+                    # their position with whoever else reads.
+                    Path(part).write_bytes(self._fs.cat_file(self._full(name)))
                 else:
                     self._fs.get_file(self._full(name), part)
             os.replace(part, copy)
@@ -289,7 +300,11 @@ class Store:
     # -- names and errors ------------------------------------------------------------
 
     def _full(self, name: str) -> str:
-        return f"{self._root}/{name}".rstrip("/") if name else self._root
+        """Return the path behind the URL, of which no old listing is to be believed."""
+        path = f"{self._root}/{name}".rstrip("/") if name else self._root
+        self._fs.invalidate_cache(path)
+
+        return path
 
     @contextlib.contextmanager
     def _errors(self, name: str, verb: str = "read") -> Iterator[None]:
@@ -318,12 +333,16 @@ class Store:
 
 
 def _open_url(url: str) -> tuple[Any, str]:
+    """Return what reaches a URL, None for a local folder, and the path there."""
+    from fsspec.implementations.local import LocalFileSystem
+
     try:
         fs, path = filesystem(url)
     except (ImportError, ValueError) as ex:
         raise DumpError(f"{url}: cannot be reached: {ex}") from None
 
-    return fs, path.rstrip("/")
+    # Local folders can be locked, and files in them renamed and mapped.
+    return None if isinstance(fs, LocalFileSystem) else fs, path.rstrip("/")
 
 
 def sha256(file: Path) -> str:

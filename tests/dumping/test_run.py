@@ -23,6 +23,7 @@ from seamless_w2vbert import (
     verify_dump,
 )
 from seamless_w2vbert.dumping.run import plan
+from seamless_w2vbert.dumping.store import Store
 
 SMALL = {"shard_seconds": 5.0}
 """Several shards of the corpus."""
@@ -716,34 +717,16 @@ def test_a_url_is_as_good_as_a_folder(corpus, whole, pipeline, tmp_path):
     assert dump(corpus, out, pipeline, layers=(1, 3), **SMALL).new == 0
 
 
-def test_two_processes_on_one_url_do_not_spoil_each_others_work(corpus, pipeline):
-    """A store behind a URL cannot be locked; whoever is last, the dump is whole."""
-    out = "memory://bucket/shared"
-    begun = threading.Barrier(2, timeout=60)
-    failures = []
+def test_the_url_of_a_folder_is_that_folder(corpus, whole, pipeline, tmp_path):
+    out = tmp_path / "ü b"
+    dump(corpus, f"file://{out}", pipeline, layers=(1, 3), **SMALL)
 
-    def start():
-        waited = []
-
-        def meet(progress):
-            if not waited:
-                waited.append(begun.wait())
-
-        try:
-            dump(corpus, out, pipeline, progress=meet, **SMALL)
-        except Exception as ex:
-            failures.append(ex)
-
-    threads = [threading.Thread(target=start) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert not failures
-    assert len(open_dump(out)) == 24
-    found = verify_dump(out, sample=0)
-    assert (found.embedded, found.problems) == (24, ())
+    assert files_of(out) == files_of(whole)
+    assert not (tmp_path / "file:").exists()
+    with Store(out).lock(), pytest.raises(DumpError, match="another process"):
+        dump(corpus, f"file://{out}", pipeline, layers=(1, 3), **SMALL)
+    assert open_dump(f"file://{out}", layer=3).ids == open_dump(out, layer=3).ids
+    assert verify_dump(f"file://{out}", sample=0).problems == ()
 
 
 @pytest.mark.parametrize("format", ["npy", "fairseq"])

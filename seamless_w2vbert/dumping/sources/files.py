@@ -163,6 +163,7 @@ def _entries(folder: str) -> list[tuple[str, bool]]:
                 ]
         else:
             fs, path = filesystem(folder)
+            fs.invalidate_cache(path)  # of what was listed before
             found = [
                 (entry["name"].rstrip("/").rpartition("/")[2], _is_prefix(entry))
                 for entry in fs.ls(path, detail=True)
